@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -102,7 +103,7 @@ def save_checkpoint(
             shutil.rmtree(final)
         os.rename(temporary, final)
         sync_folder(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:   # safetensors has its own error for a full disk
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(f"{final}: could not be written ({error}); earlier checkpoints are untouched") from error
     remove_old(folder, keep)
@@ -131,6 +132,8 @@ def remove_old(folder: str | Path, keep: int) -> None:
     for path in folders[:-max(keep, 1)]:
         if path != best:
             shutil.rmtree(path)
+    for leftover in Path(folder).glob(".step-*.writing"):   # of a run that was killed while it saved
+        shutil.rmtree(leftover)
 
 # %% ../../nbs/6_train/5_checkpoints.ipynb #7d01a3b3
 def checkpoint_faults(path: str | Path) -> list[str]:
@@ -232,7 +235,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensor
         key, name = full_name.split(":", 1)
         parameter = parameters[name]
         # a step counter is a number on whatever device; moments live beside their parameter
-        optimizer.state[parameter][key] = value.to(parameter.device) if value.ndim else value
+        optimizer.state[parameter][key] = value.to(parameter.device, copy=True) if value.ndim else value.clone()
 
 # %% ../../nbs/6_train/5_checkpoints.ipynb #83f8598c
 def frozen_prints(model: nn.Module, samples: int = 256) -> dict[str, int]:
