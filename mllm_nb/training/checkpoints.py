@@ -116,11 +116,16 @@ def checkpoint_folders(folder: str | Path) -> list[Path]:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    "The manifest of a checkpoint, or {} where it is missing or unreadable."
+    "The manifest of a checkpoint, or {} where it is missing or unreadable. Raises `CheckpointError` for a newer format."
     try:
-        return json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    if not isinstance(manifest, dict) or "format" not in manifest:
+        return {}
+    if manifest["format"] > FORMAT:
+        raise CheckpointError(f"{path}: format {manifest['format']} was written by a newer mllm_nb, expected at most {FORMAT}")
+    return manifest
 
 
 def remove_old(folder: str | Path, keep: int) -> None:
@@ -170,8 +175,6 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     "Open one checkpoint folder. Raises `CheckpointError` where a file is torn or the format is newer than this library."
     path = Path(path)
     manifest = read_manifest(path)
-    if manifest.get("format", FORMAT) > FORMAT:
-        raise CheckpointError(f"{path}: format {manifest['format']} was written by a newer mllm_nb, expected at most {FORMAT}")
     if faults := checkpoint_faults(path):
         raise CheckpointError(f"{path}: " + "; ".join(faults))
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))

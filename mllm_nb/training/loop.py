@@ -362,10 +362,10 @@ def accumulate(model, batches: Sequence, loss_function: Callable, autocast: Call
         with autocast():
             output = loss_function(model, batch)
         loss, count = loss_and_count(output, batch)
-        unit = count if not facts else unit   # the first count is the unit, so that fp16 gradients keep a usual size
-        scaler.scale(loss * (count / unit)).backward()
         exact = torch.float32 if loss.device.type == "mps" else torch.float64
         facts.append(torch.stack([loss.detach().to(exact), count.to(exact)]))
+        share = facts[-1][1] / facts[0][1]   # the first count is the unit, so that fp16 gradients keep a usual size
+        scaler.scale(loss * share.to(loss.dtype)).backward()
         metrics.append(getattr(output, "metrics", None) or {})
     return torch.stack(facts), metrics
 
