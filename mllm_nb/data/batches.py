@@ -2,8 +2,9 @@
 
 # %% auto #0
 __all__ = ['TEXT', 'NEWLINE', 'TOO_LONG', 'INTEGER_FIELDS', 'Expanded', 'expand_images', 'Example', 'TooLong', 'Place',
-           'expanded_length', 'turns_that_fit', 'Processor', 'pack_plain', 'RoomTree', 'pack', 'UnsupervisedError',
-           'Batch', 'collate', 'Sizes', 'measure', 'BatchSettings', 'GlobalBatch', 'plan_epoch', 'Batches']
+           'expanded_length', 'turns_that_fit', 'Processor', 'pack_plain', 'RoomTree', 'pack', 'check_fit',
+           'UnsupervisedError', 'Batch', 'collate', 'Sizes', 'measure', 'BatchSettings', 'GlobalBatch', 'plan_epoch',
+           'Batches']
 
 # %% ../../nbs/5_data/3_batches.ipynb #8108b47e
 import json, zlib
@@ -21,7 +22,7 @@ from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 
-from .records import RecordError, Sample
+from .records import RecordError, Sample, upright_size
 from ..images import Preprocess, anyres_grid, preprocess
 from ..language.chat import (IGNORE, IMAGE, IMAGE_TOKEN_ID, Encoded, Template, Turn, encode_chat,
                                    place_images_first)
@@ -95,7 +96,7 @@ def expanded_length(input_ids: Sequence[int], places: Sequence[Place]) -> int:
 # %% ../../nbs/5_data/3_batches.ipynb #a588ae8f
 def turns_that_fit(turns: Sequence[Turn], length: Callable[[int], int], max_length: int) -> int:
     "How many turns, cut off after an answer, take at most `max_length` tokens; `length(n)` measures n turns. 0 = none."
-    ends = [i + 1 for i, turn in enumerate(turns) if turn.role == "gpt"]
+    ends = [i + 1 for i in range(1, len(turns)) if turns[i].role == "gpt" and turns[i - 1].role == "human"]
     fitting = bisect_left(ends, True, key=lambda end: length(end) > max_length)
     return ends[fitting - 1] if fitting else 0
 
@@ -117,10 +118,13 @@ class Processor:
     prefix: int = 0                                        # visual tokens before the grid: 1 if the tower keeps CLS
     max_length: int | None = None                          # tokens
     too_long: str = "truncate"                             # error, skip, truncate or cut
-    images_first: bool = False                             # move each <image> to the front of its turn, as LLaVA does
+    images_first: bool = False                             # move each <image> to the front of its turn, wrapped as the
+                                                           # template says (LLaVA does so before training)
 
     def __post_init__(self):
         if self.too_long not in TOO_LONG: raise ValueError(f"too_long={self.too_long!r}, expected one of {TOO_LONG}")
+        if len({p.aspect == "anyres" for p in self.preprocess}) > 1:
+            raise ValueError("preprocess: found towers with and without 'anyres', expected the same views for every tower")
 
     @property
     def rows_per_view(self) -> int: return self.prefix + self.grid[0] * self.grid[1]
@@ -136,7 +140,7 @@ class Processor:
 
     def encode(self, sample: Sample, places: Sequence[Place], answer_pending: bool = False) -> tuple[Encoded, int]:
         "Token ids and labels with one IMAGE_TOKEN_ID per image, and how many turns they hold. TooLong if the answer is lost."
-        turns = place_images_first(sample.turns) if self.images_first else sample.turns
+        turns = place_images_first(sample.turns, self.template) if self.images_first else sample.turns
         def encode(count: int) -> Encoded:
             return encode_chat(turns[:count], self.template, self.tokenizer, answer_pending=answer_pending)
         def length(count: int) -> int: return expanded_length(encode(count).input_ids, places)
@@ -169,10 +173,10 @@ def check_images(sample: Sample, processor: Processor) -> None:
         raise RecordError(f"{sample.name}, image: found {images} images, expected none: the processor has no tower")
 
 def image_sizes(sample: Sample, processor: Processor) -> list[tuple[int, int]]:
-    "(width, height) of every image, upright; images are only opened if the layout depends on their size."
+    "(width, height) of every image; headers are read only if the layout depends on the size."
     check_images(sample, processor)
     if not processor.needs_size: return [(1, 1)] * len(sample.images)
-    return [image.size for image in sample.open_images()]
+    return [upright_size(image) for image in sample.images]
 
 def process(processor: Processor, sample: Sample, answer_pending: bool = False) -> Example:
     "The work of `Processor.__call__`: places, token ids, expansion, pixels; only what survives truncation is kept."
@@ -180,7 +184,8 @@ def process(processor: Processor, sample: Sample, answer_pending: bool = False) 
     images = sample.open_images()
     places = [processor.place(image.size) for image in images]
     encoded, kept = processor.encode(sample, places, answer_pending)
-    used = encoded.input_ids.count(IMAGE_TOKEN_ID)
+    used, tags = encoded.input_ids.count(IMAGE_TOKEN_ID), sum(turn.text.count(IMAGE) for turn in sample.turns[:kept])
+    if used != tags: raise RecordError(f"{sample.name}, image: found {used} images in the template's text, expected {tags}")
     rows = [place.views * processor.rows_per_view for place in places[:used]]
     expanded = expand_images(encoded.input_ids, encoded.labels, [place.layout for place in places[:used]], rows)
     end = processor.max_length if processor.too_long == "cut" else None
@@ -224,6 +229,8 @@ class RoomTree:
         while node < self.leaves: node = 2 * node + (self.largest[2 * node] < need)
         return node - self.leaves
 
+    def get(self, row: int) -> int: return self.largest[row + self.leaves]
+
     def set(self, row: int, room: int) -> None:
         node, largest = row + self.leaves, self.largest
         largest[node] = room
@@ -244,24 +251,27 @@ def pack(
 
     Never uses more than 11/9 of the fewest possible rows + 6/9 (Dósa 2007). ValueError for a sample that fits no row.
     """
-    views = [0] * len(lengths) if views is None or max_views is None else views
-    max_views = 0 if max_views is None else max_views
-    for i, (length, seen) in enumerate(zip(lengths, views, strict=True)):
-        if length > capacity: raise ValueError(f"sample {i}: found length {length}, expected at most the row's {capacity}")
-        if seen > max_views: raise ValueError(f"sample {i}: found {seen} views, expected at most the row's {max_views}")
-    rows, room, seats = [], RoomTree(len(lengths), capacity), RoomTree(len(lengths), capacity)
-    left = [max_views] * len(lengths)
+    limited = views is not None and max_views is not None
+    views = views if limited else [0] * len(lengths)
+    check_fit(lengths, capacity, "tokens"); check_fit(views, max_views or 0, "views")
+    rows, room = [], RoomTree(len(lengths), capacity)
+    seats, left = RoomTree(len(lengths), capacity), [max_views or 0] * len(lengths)
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        tree = seats if views[i] else room                       # `seats` is `room`, with rows full of views closed
+        tree = seats if views[i] else room                       # `seats` is `room` with the rows that are full of views closed
         row = tree.first(lengths[i])
         while left[row] < views[i]: row = tree.first(lengths[i], row + 1)
-        if row >= len(rows): rows.append([])                     # rows are opened in order
+        if row == len(rows): rows.append([])                     # rows are opened in order
         rows[row].append(i)
         left[row] -= views[i]
-        free = room.largest[row + room.leaves] - lengths[i]
+        free = room.get(row) - lengths[i]
         room.set(row, free)
-        if views is not None: seats.set(row, free if left[row] else -1)
+        if limited: seats.set(row, free if left[row] else -1)
     return rows
+
+def check_fit(sizes: Sequence[int], limit: int, unit: str) -> None:
+    "ValueError, with the sample's number, if one alone is over the limit."
+    for i, size in enumerate(sizes):
+        if size > limit: raise ValueError(f"sample {i}: found {size} {unit}, expected at most the row's {limit}")
 
 # %% ../../nbs/5_data/3_batches.ipynb #7ae821b6
 class UnsupervisedError(ValueError):
@@ -295,8 +305,9 @@ class Batch:
         return float((self.segments == 0).float().mean())
 
     def model_inputs(self) -> dict[str, Any]:
-        "What the model's `forward` takes."
-        return {name: getattr(self, name) for name in (*INTEGER_FIELDS, "pixels")}
+        "What the model's `forward` takes; without views no pixels, so that no tower runs."
+        seen = any(map(len, self.pixels))
+        return {name: getattr(self, name) for name in INTEGER_FIELDS} | {"pixels": self.pixels if seen else ()}
 
     def require_supervised(self) -> "Batch":
         "The batch itself; UnsupervisedError, naming its records, if no token gives loss."
@@ -499,6 +510,10 @@ class Batches:
     def __len__(self) -> int:
         "Batches of the current epoch, the same on every process. Packing may need a row more or less in another epoch."
         return len(self.plan(self.epoch))
+
+    def steps(self, epochs: int) -> int:
+        "Batches of so many epochs from the first on: what a learning rate schedule needs."
+        return sum(len(plan_epoch(self.sizes, self.settings, epoch)) for epoch in range(epochs))
 
     def build(self, step: GlobalBatch) -> Batch:
         "This process's rows of a step, read and collated. UnsupervisedError if no token gives loss."
