@@ -14,45 +14,68 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# %% ../../nbs/1_see/2_patches.ipynb #d914548e
-def patchify(images: Float[Tensor, "images channels height width"], patch: int) -> Float[Tensor, "images patches pixels"]:
+# %% ../../nbs/1_see/2_patches.ipynb #78b65ead
+def patchify(
+    images: Float[Tensor, "images channels height width"],
+    patch: int,
+) -> Float[Tensor, "images patches pixels"]:
     """Cut images into `patch` x `patch` squares, row by row, each flattened as (channel, row, column).
 
     Rows and columns that do not fill a whole patch are left out, as a strided convolution does.
     """
     rows, columns = images.shape[-2] // patch, images.shape[-1] // patch
     whole = images[..., : rows * patch, : columns * patch]
-    return rearrange(whole, "images channels (rows y) (columns x) -> images (rows columns) (channels y x)", y=patch, x=patch)
+    pattern = "images channels (rows y) (columns x) -> images (rows columns) (channels y x)"
+    return rearrange(whole, pattern, y=patch, x=patch)
 
-def unpatchify(patches: Float[Tensor, "images patches pixels"], patch: int, rows: int, columns: int) -> Float[Tensor, "images channels height width"]:
+# %% ../../nbs/1_see/2_patches.ipynb #ca9cfa4f
+def unpatchify(
+    patches: Float[Tensor, "images patches pixels"],
+    patch: int,
+    rows: int,
+    columns: int,
+) -> Float[Tensor, "images channels height width"]:
     "Put the squares of `patchify` back together."
-    return rearrange(patches, "images (rows columns) (channels y x) -> images channels (rows y) (columns x)",
-                     rows=rows, columns=columns, y=patch, x=patch)
+    pattern = "images (rows columns) (channels y x) -> images channels (rows y) (columns x)"
+    return rearrange(patches, pattern, rows=rows, columns=columns, y=patch, x=patch)
 
-# %% ../../nbs/1_see/2_patches.ipynb #8efdd3ff
+# %% ../../nbs/1_see/2_patches.ipynb #cba0f60d
 class PatchEmbedding(nn.Module):
-    "Each patch to one vector: a linear layer on its pixels, written as a convolution with stride = kernel = patch."
+    "Each patch to one vector: a linear layer on its pixels, as a convolution with stride = kernel = patch."
+
     def __init__(self, channels: int, width: int, patch: int, bias: bool = True):
         super().__init__()
         self.projection = nn.Conv2d(channels, width, patch, stride=patch, bias=bias)
 
-    def forward(self, images: Float[Tensor, "images channels height width"]) -> Float[Tensor, "images patches width"]:
+    def forward(
+        self, images: Float[Tensor, "images channels height width"]
+    ) -> Float[Tensor, "images patches width"]:
         return rearrange(self.projection(images), "images width rows columns -> images (rows columns) width")
 
-# %% ../../nbs/1_see/2_patches.ipynb #b544b54b
-def sincos_positions(rows: int, columns: int, width: int, base: float = 10_000.0) -> Float[Tensor, "patches width"]:
-    "Fixed two-dimensional positions: a quarter of the width each for sin(x), cos(x), sin(y), cos(y) (MAE's `get_2d_sincos_pos_embed`)."
-    if width % 4: raise ValueError(f"sincos_positions: width {width} is not a multiple of 4")
-    frequency = base ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    y, x = torch.meshgrid(torch.arange(rows, dtype=torch.float64), torch.arange(columns, dtype=torch.float64), indexing="ij")
-    angles = [position.reshape(-1, 1) * frequency for position in (x, y)]
-    return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1).float()
+# %% ../../nbs/1_see/2_patches.ipynb #93ade93f
+def sincos_positions(
+    rows: int,
+    columns: int,
+    width: int,
+    base: float = 10_000.0,
+) -> Float[Tensor, "patches width"]:
+    """Fixed two-dimensional positions: sin(x f), cos(x f), sin(y f), cos(y f), a quarter of the width each.
 
+    Frequencies f fall from 1 to almost 1 / base. Source: `get_2d_sincos_pos_embed` of MAE (He 2021).
+    """
+    if width % 4:
+        raise ValueError(f"sincos_positions: width {width} is not a multiple of 4")
+    frequency = base ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    y, x = torch.meshgrid(torch.arange(rows).double(), torch.arange(columns).double(), indexing="ij")
+    angles = [place.reshape(-1, 1) * frequency for place in (x, y)]
+    return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1).float()
+
+# %% ../../nbs/1_see/2_patches.ipynb #17b9bc63
 def learned_positions(count: int, width: int, std: float = 0.02) -> nn.Parameter:
-    "One free vector per position, drawn small: training finds out where it is."
+    "One free vector per position [count, width], drawn small: training finds out where it is."
     return nn.Parameter(nn.init.trunc_normal_(torch.empty(count, width), std=std))
 
-# %% ../../nbs/1_see/2_patches.ipynb #afc96344
+# %% ../../nbs/1_see/2_patches.ipynb #ce5412cb
 def interpolate_positions(
     positions: Float[Tensor, "positions width"],
     rows: int,
@@ -60,15 +83,19 @@ def interpolate_positions(
     extra: int = 0,
     offset: float = 0.0,
 ) -> Float[Tensor, "new_positions width"]:
-    """Resample a square grid of position vectors to `rows` x `columns` (bicubic, fp32), for images of another size.
+    """Resample a square grid of position vectors to `rows` x `columns` (bicubic, fp32), for another image size.
 
-    The first `extra` vectors (a class token's) are kept. `offset` = 0.1 is what DINOv2's own code and transformers up to
-    4.47 do: they pass (rows + 0.1) / side as the scale, which shifts every sample a little; weights used that way want it.
+    The first `extra` vectors (a class token's) are kept. `offset` = 0.1 is what DINOv2's own code and
+    transformers 4.37 do: (rows + 0.1) / side as the scale, which shifts every sample a little.
     """
     side = math.isqrt(len(positions) - extra)
-    if side * side != len(positions) - extra: raise ValueError(f"interpolate_positions: {len(positions) - extra} positions are not a square grid")
-    if (rows, columns) == (side, side): return positions
+    if side * side != len(positions) - extra:
+        raise ValueError(f"interpolate_positions: {len(positions) - extra} positions are not a square grid")
+    if (rows, columns) == (side, side):
+        return positions
     grid = rearrange(positions[extra:].float(), "(rows columns) width -> 1 width rows columns", rows=side)
-    size = {"scale_factor": ((rows + offset) / side, (columns + offset) / side)} if offset else {"size": (rows, columns)}
+    size = {"size": (rows, columns)}
+    if offset:
+        size = {"scale_factor": ((rows + offset) / side, (columns + offset) / side)}
     grid = F.interpolate(grid, mode="bicubic", align_corners=False, **size).to(positions.dtype)
     return torch.cat([positions[:extra], rearrange(grid, "1 width rows columns -> (rows columns) width")])
