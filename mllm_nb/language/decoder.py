@@ -96,21 +96,20 @@ def _llama3_frequencies(frequencies: Float[Tensor, "pairs"], scaling: Mapping[st
     keep = ((turns - low) / (high - low)).clamp(0, 1)
     return keep * frequencies + (1 - keep) * frequencies / scaling["factor"]
 
-# %% ../../nbs/2_read/3_decoder.ipynb #c797d091
-def rope_table(positions: Int[Tensor, "batch sequence"], config: DecoderConfig) -> tuple[Float[Tensor, "batch sequence dim"], Float[Tensor, "batch sequence dim"]]:
+# %% ../../nbs/2_read/3_decoder.ipynb #5f556cd0
+def rope_table(positions: Int[Tensor, "batch sequence"], config: DecoderConfig) -> tuple[Float[Tensor, "batch sequence pairs"], Float[Tensor, "batch sequence pairs"]]:
     "Cosine and sine of every position's angles, always fp32: bf16 cannot tell positions 2048 and 2049 apart."
     with torch.autocast(positions.device.type, enabled=False):
         angles = positions[..., None].float() * rope_frequencies(config).to(positions.device)
-        angles = torch.cat([angles, angles], dim=-1)
         return angles.cos(), angles.sin()
 
 # %% ../../nbs/2_read/3_decoder.ipynb #370e1902
 def rotate(heads: Float[Tensor, "batch heads sequence dim"], rope: tuple[Tensor, Tensor]) -> Float[Tensor, "batch heads sequence dim"]:
     "Turn channel c together with channel c + dim/2 by the position's angle; computed in fp32, returned in the input's dtype."
     cos, sin = (table[:, None] for table in rope)
-    first, second = heads.float().chunk(2, dim=-1)
-    turned = torch.cat([-second, first], dim=-1)
-    return (heads * cos + turned * sin).to(heads.dtype)
+    first, second = heads.chunk(2, dim=-1)
+    turned = first * cos - second * sin, second * cos + first * sin   # fp32 tables: the products are fp32
+    return torch.cat([half.to(heads.dtype) for half in turned], dim=-1)
 
 # %% ../../nbs/2_read/3_decoder.ipynb #5c8f77fb
 def causal_mask(queries: int, keys: int, window: int | None = None, device: torch.device | str | None = None) -> Bool[Tensor, "query key"]:
