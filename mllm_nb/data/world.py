@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['CATEGORIES', 'COLOURS', 'SHAPES', 'SIZES', 'PAPERS', 'WORDS', 'CELL', 'GRID', 'SIDE', 'OUTLINES', 'FONT', 'OPPOSITES',
-           'DAYS', 'PHRASINGS', 'FAMILIES', 'SPLITS', 'Question', 'text_box', 'stamp', 'glyph', 'letter_boxes', 'write',
-           'Thing', 'spread', 'yes_no', 'one_of_each', 'ask_names', 'ask_relation', 'ask_existence', 'ask_counts',
-           'Objects', 'Sign', 'Chart', 'Sum', 'Program', 'Balance', 'Circuit', 'Thermometer', 'Magnets', 'Words',
-           'is_held_out', 'belongs', 'make_picture', 'World', 'conversation', 'Guesser', 'held_out_questions',
-           'by_category']
+           'DAYS', 'PHRASINGS', 'FAMILIES', 'SPLITS', 'ANNOTATIONS', 'Question', 'text_box', 'stamp', 'glyph',
+           'letter_boxes', 'write', 'Thing', 'spread', 'yes_no', 'one_of_each', 'ask_names', 'ask_relation',
+           'ask_existence', 'ask_counts', 'Objects', 'Sign', 'Chart', 'Sum', 'Program', 'Balance', 'Circuit',
+           'Thermometer', 'Magnets', 'Words', 'is_held_out', 'belongs', 'make_picture', 'World', 'conversation',
+           'Guesser', 'held_out_questions', 'by_category', 'edges', 'repaint', 'with_hole', 'annotate', 'film']
 
 # %% ../../nbs/5_data/1_world.ipynb #cdff236b
 import random
@@ -739,3 +739,62 @@ def by_category(questions: Sequence[Question], right: Sequence[float]) -> dict[s
     for question, value in zip(questions, right, strict=True):
         found[question.category].append(value)
     return {category: float(np.mean(values)) for category, values in found.items() if values}
+
+# %% ../../nbs/5_data/1_world.ipynb #42926448
+def edges(image: Image.Image) -> Image.Image:
+    "White where neighbouring pixels differ clearly, black elsewhere."
+    values = np.asarray(image, np.int16)
+    right = np.abs(np.diff(values, axis=1, append=values[:, -1:])).max(-1)
+    down = np.abs(np.diff(values, axis=0, append=values[-1:])).max(-1)
+    return Image.fromarray((np.maximum(right, down) > 24).astype(np.uint8) * 255).convert("RGB")
+
+
+def repaint(picture: Objects, colour_of) -> Image.Image:
+    "The things in other colours on black: `colour_of(thing)` gives red, green, blue."
+    image = Image.new("RGB", (picture.columns * CELL, picture.rows * CELL))
+    for thing in picture.things:
+        image.paste(colour_of(thing), thing.box()[:2], stamp(thing.shape, SIZES[thing.size]))
+    return image
+
+
+def with_hole(image: Image.Image) -> Image.Image:
+    "The picture with its middle quarter black."
+    width, height = image.size
+    image = image.copy()
+    image.paste((0, 0, 0), (width // 4, height // 4, width - width // 4, height - height // 4))
+    return image
+
+# %% ../../nbs/5_data/1_world.ipynb #2ca7575e
+ANNOTATIONS = ("segmentation", "depth", "edges", "colorization", "inpainting", "rotation")
+
+
+def annotate(picture: Objects, task: str) -> tuple[Image.Image, Image.Image]:
+    """Question and answer of a visual task as two images. Segmentation: one colour per kind of shape; depth: what is
+    large is near and bright; rotation: a quarter turn to the left. Raises ValueError for an unknown task."""
+    image, by_shape = picture.draw(), dict(zip(SHAPES, COLOURS.values()))
+    near = {"small": (120,) * 3, "large": (250,) * 3}
+    pairs = {"segmentation": lambda: (image, repaint(picture, lambda thing: by_shape[thing.shape])),
+             "depth": lambda: (image, repaint(picture, lambda thing: near[thing.size])),
+             "edges": lambda: (image, edges(image)),
+             "colorization": lambda: (image.convert("L").convert("RGB"), image),
+             "inpainting": lambda: (with_hole(image), image),
+             "rotation": lambda: (image, image.rotate(90, expand=True))}
+    if task not in pairs:
+        raise ValueError(f"task: found {task!r}, expected one of {ANNOTATIONS}")
+    return pairs[task]()
+
+# %% ../../nbs/5_data/1_world.ipynb #5cb3baf3
+def film(rng: random.Random, frames: int = 4, things: int = 3) -> list[Image.Image]:
+    "A moving scene: every thing keeps its direction and speed (in pixels a frame) and comes back in where it went out."
+    picture = Objects.sample(rng)
+    moving = [(thing, rng.choice((-12, -6, 0, 6, 12)), rng.choice((-12, -6, 0, 6, 12))) for thing in picture.things[:things]]
+    images = []
+    for frame in range(frames):
+        image = Image.new("RGB", (SIDE, SIDE), picture.paper)
+        for thing, across, down in moving:
+            left, top = thing.box()[0] + frame * across, thing.box()[1] + frame * down
+            for x in (left % SIDE - SIDE, left % SIDE):        # drawn twice where it leaves the picture
+                for y in (top % SIDE - SIDE, top % SIDE):
+                    image.paste(COLOURS[thing.colour], (x, y), stamp(thing.shape, SIZES[thing.size]))
+        images.append(image)
+    return images
