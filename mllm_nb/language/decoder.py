@@ -6,8 +6,8 @@
 __all__ = ['ACTIVATIONS', 'PLAIN_UP_TO', 'ATTENTION_PATHS', 'FAMILIES', 'DecoderConfig', 'rope_frequencies', 'rope_table',
            'rotate', 'causal_mask', 'attention_mask', 'additive', 'attend_plain', 'attend_sdpa', 'attend',
            'faster_path', 'RMSNorm', 'LayerCache', 'Cache', 'Attention', 'GatedMLP', 'Expert', 'MixtureOfExperts',
-           'DecoderLayer', 'Decoder', 'visible_keys', 'transformers_keys', 'load_transformers_state',
-           'TransformersDecoder', 'TransformersCache']
+           'DecoderLayer', 'Trunk', 'Decoder', 'visible_keys', 'sequence_positions', 'scale_of', 'transformers_keys',
+           'load_transformers_state', 'TransformersDecoder', 'TransformersCache']
 
 # %% ../../nbs/2_read/3_decoder.ipynb #d8711abd
 import inspect
@@ -324,8 +324,8 @@ class DecoderLayer(nn.Module):
         feed = self.block_sparse_moe if hasattr(self, "block_sparse_moe") else self.mlp
         return hidden + feed(self.post_attention_layernorm(hidden))
 
-# %% ../../nbs/2_read/3_decoder.ipynb #281346ab
-class _Trunk(nn.Module):
+# %% ../../nbs/2_read/3_decoder.ipynb #1969c078
+class Trunk(nn.Module):
     "Embedding table, layers and last norm: what the checkpoints call `model`."
 
     def __init__(self, config: DecoderConfig):
@@ -345,7 +345,7 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.config, self.attention_path = config, "auto"
-        self.model = _Trunk(config)
+        self.model = Trunk(config)
         self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.apply(self._initialise)
 
@@ -405,7 +405,7 @@ def visible_keys(embeddings: Float[Tensor, "batch sequence width"], mask: Bool[T
         return mask
     return mask & (causal_mask(queries, past + queries, window, embeddings.device) | ~causal_mask(queries, past + queries, None, embeddings.device))
 
-# %% ../../nbs/2_read/3_decoder.ipynb #88ac674f
+# %% ../../nbs/2_read/3_decoder.ipynb #56e6a08e
 def sequence_positions(embeddings: Float[Tensor, "batch sequence width"], positions: Int[Tensor, "batch sequence"] | None, cache) -> Int[Tensor, "batch sequence"]:
     "The given positions, or those that follow what the cache holds."
     if positions is not None:
