@@ -151,7 +151,7 @@ def test_a_lost_answer_is_reported_by_name():
     turns = (Turn("gpt", "so"), *sample(images=0).turns)          # a leading answer is not an answer
     limit = len(PROCESSOR(Sample("x", (), turns))) - 1
     with pytest.raises(TooLong): replace(PROCESSOR, max_length=limit)(Sample("x", (), turns))
-    with pytest.raises(TooLong): replace(PROCESSOR, max_length=10)(sample(words=9), answer_pending=True)
+    with pytest.raises(TooLong): replace(PROCESSOR, max_length=10)(replace(sample(words=9), turns=sample(words=9).turns[:1]), answer_pending=True)
     with pytest.raises(ValueError, match="too_long='guess'"): replace(PROCESSOR, too_long="guess")
 
 
