@@ -50,7 +50,7 @@ SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")
 def split_words(text: str, pattern: str = "llama3") -> list[str]:
     """Cut a text into the words inside which merges may happen; joined they give the text back.
 
-    `pattern` is a name of `PATTERNS` or a regular expression. Sources: GPT-2 `encoder.py`, Llama-3 `tokenizer.json`."""
+    `pattern`: a name of `PATTERNS` or a regular expression. From GPT-2's and Llama-3's published files."""
     return regex.findall(PATTERNS.get(pattern, pattern), text)
 
 # %% ../../nbs/2_read/1_tokenizer.ipynb #f8ad3d91
@@ -101,9 +101,9 @@ class PairCounts:
         for other in touched:
             heapq.heappush(self.heap, (-self.count[other], other))
 
-# %% ../../nbs/2_read/1_tokenizer.ipynb #c04be6d1
+# %% ../../nbs/2_read/1_tokenizer.ipynb #3981119d
 def train_merges(word_counts: Mapping[bytes, int], count: int, min_count: int = 2) -> list[tuple[int, int]]:
-    """Learn up to `count` merges. Tokens 0 to 255 are the bytes in `byte_alphabet` order, merge k makes 256 + k.
+    """Learn up to `count` merges. Tokens 0 to 255 are bytes in `byte_alphabet` order, merge k makes 256 + k.
 
     Stops early when no pair occurs `min_count` times (Sennrich 2016, algorithm 1, with incremental counts)."""
     order = {byte: index for index, byte in enumerate(byte_alphabet())}
@@ -123,7 +123,7 @@ def train_vocabulary(texts: Iterable[str], vocab_size: int, special_tokens: Sequ
     "Vocabulary (special tokens, 256 bytes, then one token a merge) and merges of at most `vocab_size` tokens."
     names = [*special_tokens, *byte_alphabet().values()]
     if vocab_size < len(names):
-        raise ValueError(f"vocab_size is {vocab_size}, expected at least {len(names)}: special tokens and bytes")
+        raise ValueError(f"vocab_size is {vocab_size}, expected at least {len(names)}")
     words = Counter(word for text in texts for word in split_words(text, pattern))
     words = {word.encode(): times for word, times in words.items()}
     first, merges = len(special_tokens), []
@@ -132,7 +132,7 @@ def train_vocabulary(texts: Iterable[str], vocab_size: int, special_tokens: Sequ
         names.append("".join(merges[-1]))
     return {name: index for index, name in enumerate(names)}, merges
 
-# %% ../../nbs/2_read/1_tokenizer.ipynb #b9d125b8
+# %% ../../nbs/2_read/1_tokenizer.ipynb #2d2f51f3
 def merge_word(word: str, ranks: Mapping[tuple[str, str], int]) -> list[str]:
     "Tokens of one word: its bytes, merged again and again by the pair of lowest rank (the one learned first)."
     tokens = [byte_alphabet()[byte] for byte in word.encode()]
@@ -143,7 +143,7 @@ def merge_word(word: str, ranks: Mapping[tuple[str, str], int]) -> list[str]:
         tokens = merge_pair(tokens, pair, "".join(pair))
     return tokens
 
-
+# %% ../../nbs/2_read/1_tokenizer.ipynb #66ad4f4a
 def token_spans(text: str, byte_lengths: Iterable[int]) -> list[tuple[int, int]]:
     "Character span of each token from its length in bytes; a token with part of a character spans all of it."
     character_of_byte = [index for index, character in enumerate(text) for _ in character.encode()]
@@ -247,7 +247,7 @@ class BPETokenizer(ByteVocabulary):
         "Read what `save` wrote; any other kind of tokenizer is an error that says what was found."
         return cls(**read_tokenizer(folder))
 
-# %% ../../nbs/2_read/1_tokenizer.ipynb #cad82c2d
+# %% ../../nbs/2_read/1_tokenizer.ipynb #bbc57d82
 def tokenizer_json(tokenizer: "BPETokenizer") -> dict:
     "The tokenizer as the content of a Hugging Face `tokenizer.json`."
     pattern = PATTERNS.get(tokenizer.pattern, tokenizer.pattern)
@@ -265,9 +265,10 @@ def tokenizer_json(tokenizer: "BPETokenizer") -> dict:
             "post_processor": template if tokenizer.add_bos else None, "decoder": to_bytes,
             "model": {"type": "BPE", "dropout": None, "unk_token": None, "fuse_unk": False,
                       "continuing_subword_prefix": None, "end_of_word_suffix": None,
-                      "byte_fallback": False, "ignore_merges": False, "vocab": tokenizer.vocab, "merges": [list(pair) for pair in tokenizer.merges]}}
+                      "byte_fallback": False, "ignore_merges": False,
+                      "vocab": tokenizer.vocab, "merges": [list(pair) for pair in tokenizer.merges]}}
 
-
+# %% ../../nbs/2_read/1_tokenizer.ipynb #6e625cc0
 def write_tokenizer(tokenizer: "BPETokenizer", folder: str | Path) -> Path:
     "Write a tokenizer into `folder` (made if needed) and return the folder."
     folder = Path(folder)
@@ -318,11 +319,11 @@ def open_sentencepiece(file: str | Path, dummy_prefix: bool = True):
     except RuntimeError as error:
         raise ValueError(f"{file}: not a SentencePiece model ({error})") from error
 
-# %% ../../nbs/2_read/1_tokenizer.ipynb #d9ec6e69
+# %% ../../nbs/2_read/1_tokenizer.ipynb #88a6c61d
 def piece_spans(text: str, pieces: Sequence[str], prefix: int = 0) -> list[tuple[int, int]]:
     """Character span of each piece; `prefix` pieces of space stand before the text and span nothing of it.
 
-    A byte piece `<0xEC>` spans its whole character. Pieces that do not add up to the text are a `ValueError`."""
+    A byte piece `<0xEC>` spans its whole character. A `ValueError` if the pieces do not add up to the text."""
     spans, at, owed = [], -prefix, 0  # owed: bytes that the character at `at` still has to come
     for piece in pieces:
         byte = len(piece) == 6 and piece.startswith("<0x")  # ordinary text is never one piece of this form
@@ -371,9 +372,9 @@ class SentencePieceVocabulary:
             run, strip = [], strip and not run
         return text
 
-# %% ../../nbs/2_read/1_tokenizer.ipynb #693c52a6
+# %% ../../nbs/2_read/1_tokenizer.ipynb #94e3cd50
 class SentencePieceTokenizer(SentencePieceVocabulary):
-    """The tokenizer of published LLaVA, Vicuna, Mistral and Gemma checkpoints, called as transformers calls one.
+    """The tokenizer of published LLaVA, Vicuna, Mistral and Gemma checkpoints; called as Hugging Face's are.
 
     `legacy`: a space goes before every stretch between special tokens, else only before the whole text (the
     slow `LlamaTokenizer` of transformers 4.37). `extra_special_tokens`: names, or names with ids; those in
