@@ -176,6 +176,44 @@ def test_runs_with_and_without_accumulation_are_equal(tmp_path):
     assert twice.column("tokens") == once.column("tokens")
 
 
+class Connector(nn.Module):
+    "Like a multimodal model in its first stage: the part that learns is used by some batches only."
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.connector, self.language = nn.Linear(3, 3), nn.Linear(3, 1)
+
+    def forward(self, values, image):
+        values = torch.where(image[:, None], self.connector(values), values) if image.any() else values
+        return SimpleNamespace(loss=self.language(values).square().mean(), tokens=len(values))
+
+
+def text_and_images() -> list[dict]:
+    random = torch.Generator().manual_seed(0)
+    return [{"values": torch.randn(2, 3, generator=random), "image": torch.tensor([number % 2 == 1] * 2)} for number in range(6)]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_text_alone_counts_where_only_the_connector_learns(precision, tmp_path, capsys):
+    batches = text_and_images()
+    pairs = [{name: torch.cat([left[name], right[name]]) for name in left} for left, right in zip(batches[::2], batches[1::2])]
+    config = replace(QUIET, groups=(ParameterGroup("language.*", frozen=True),), max_steps=6, precision=precision)
+    alone = train(Connector(), batches, config, tmp_path / "alone")
+    assert "step 0: the loss of a batch without ids depends on nothing that is trained" in capsys.readouterr().out
+    assert alone.column("gradient_norm")[0] == 0
+    once = train(Connector(), pairs, config, tmp_path / "once")
+    twice = train(Connector(), batches, replace(config, global_batch=4, micro_batch=2), tmp_path / "twice")
+    assert twice.losses == pytest.approx(once.losses, rel=1e-5 if precision == "fp32" else 1e-2)
+
+
+def test_an_update_without_images_keeps_the_connectors_momentum(tmp_path):
+    batches, model, seen = text_and_images(), Connector(), []
+    train(model, batches[1:3], replace(QUIET, groups=(ParameterGroup("language.*", frozen=True),), max_steps=2), tmp_path,
+          on_step=lambda run, row: seen.append(run.model.connector.weight.detach().clone()))
+    assert not torch.equal(seen[0], seen[1])
+
+
 def test_epochs_end_with_a_smaller_step(tmp_path):
     config = replace(QUIET, max_steps=None, epochs=3, global_batch=16, micro_batch=4)
     history = train(Words(), make_batches(5), config, tmp_path)
@@ -377,6 +415,11 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
     assert again.rows == first.rows and same(weights(model), weights(other))
 
 
+def test_without_saving_nothing_is_written_but_the_curve(tmp_path):
+    train(Words(), make_batches(), replace(QUIET, save=False, save_every=2), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
 def test_other_settings_other_data_and_other_frozen_weights_are_refused(tmp_path):
     config = replace(QUIET, groups=(ParameterGroup("embed.*", frozen=True),))
     train(Words(), make_batches(), config, tmp_path)
@@ -417,7 +460,7 @@ from safetensors.torch import save_file
 from test_loop import FP32, QUIET, Words, make_batches, replace, train, weights
 from mllm_nb.training import checkpoints
 
-CONFIG = replace(QUIET, max_steps=40, save_every=3, warmup_ratio=0.1, global_batch=8, micro_batch=4)
+CONFIG = replace(QUIET, max_steps=24, save_every=2, warmup_ratio=0.1, global_batch=8, micro_batch=4)
 ROOT = Path(sys.argv[2])
 
 
@@ -465,10 +508,10 @@ def child(kill_after=None, **settings):
 
 assert child(folder="whole") == 0
 draw = random.Random(7)
-for number, step in enumerate(sorted(draw.sample(range(1, 38), 10))):
+for number, step in enumerate(sorted(draw.sample(range(1, 23), 10))):
     assert child(folder="killed", kill_at=step, syncs=draw.randint(1, 5) if number % 2 else 0) == signal.SIGKILL, step
 assert child(folder="killed") == 0
-ends = [child(folder="hunted", kill_after=draw.uniform(0.05, 0.4)) for _ in range(6)] + [child(folder="hunted")]
+ends = [child(folder="hunted", kill_after=draw.uniform(0.05, 0.3)) for _ in range(3)] + [child(folder="hunted")]
 assert ends[-1] == 0
 print("killed from outside", sum(end == signal.SIGKILL for end in ends), "times")
 '''
@@ -476,14 +519,14 @@ print("killed from outside", sum(end == signal.SIGKILL for end in ends), "times"
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_runs_give_the_uninterrupted_curve_bit_for_bit(tmp_path):
-    "SIGKILL at ten random steps, half of them inside a save; and at six random moments from outside."
+    "SIGKILL at ten random steps, half of them inside a save; and at three random moments from outside."
     script = tmp_path / "victim.py"
     script.write_text(VICTIM)
-    subprocess.run([sys.executable, script, Path(__file__).parent, tmp_path], check=True, timeout=120,
+    subprocess.run([sys.executable, script, Path(__file__).parent, tmp_path], check=True, timeout=400,
                    env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
     rows = {name: loop.read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "killed", "hunted")}
     for name in ("killed", "hunted"):
-        assert [row["step"] for row in rows[name]] == list(range(1, 41))
+        assert [row["step"] for row in rows[name]] == list(range(1, 25))
         for field in ("loss", "gradient_norm", "learning_rate", "tokens", "noise"):
             assert [row[field] for row in rows[name]] == [row[field] for row in rows["whole"]], field
         assert same(load_file(tmp_path / f"{name}.safetensors"), load_file(tmp_path / "whole.safetensors"))
@@ -505,7 +548,7 @@ def test_ctrl_c_stops_at_a_step_border_saves_and_resumes(tmp_path):
     while process.poll() is None and len(loop.read_metrics(metrics)) < 5:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    out, errors = process.communicate(timeout=30)
+    out, errors = process.communicate(timeout=120)
     assert "press Ctrl-C again to abort" in out
     assert "Interrupted: stopped after step" in errors and "the same call goes on from" in errors
     step = loop.read_metrics(metrics)[-1]["step"]
