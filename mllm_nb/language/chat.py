@@ -289,9 +289,9 @@ def chat_pieces(turns: Sequence[Turn], template: Template, answer_pending: bool 
 
     With `answer_pending` it is a prompt: it stops where the model goes on."""
     template = template.prompting if answer_pending and template.prompting else template
-    system, unasked, turns = arrange(turns, template)
-    if answer_pending and turns[-1].role == "gpt":
+    if answer_pending and turns and turns[-1].role == "gpt":
         raise ValueError(f"turn {len(turns) - 1}: the last turn is an answer, expected a question")
+    system, unasked, turns = arrange(turns, template)
     before, lead, after = template.answer
     pieces = [Piece(template.begin + (system.join(template.system_wrap) if system else ""))]
     pieces += [Piece(before + lead + turn.text + after) for turn in unasked]
