@@ -219,6 +219,7 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 _ASPECTS = ("pad", "square", "stretch", "anyres")
 
+# %% ../nbs/1_see/1_images.ipynb #bd1eb5da
 @dataclass(frozen=True)
 class Preprocess:
     """How a tower wants its images; the defaults are CLIP's at 336 pixels, padded to a square as LLaVA-1.5 does.

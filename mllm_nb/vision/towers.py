@@ -246,6 +246,7 @@ def _tower_config(folder: Path) -> TowerConfig:
     # CLIP's last layer serves its class token alone; the others' last hidden state is meant to be read
     return TowerConfig(folder.name, vit, prepare, select_layer=None if vit.norm_tokens else -2)
 
+# %% ../../nbs/1_see/4_towers.ipynb #a85cb832
 def _load_tower(folder: Path, changes: dict) -> Tower:
     "Settings and weights; positions are resampled where the preparation asks for another image size."
     config, state = _tower_config(folder), read_safetensors(folder)
@@ -286,9 +287,10 @@ def _with_newlines(cells: list[list[int]]) -> list[int]:
     "All rows in one list, each ended by -2."
     return [number for line in cells for number in [*line, -2]]
 
-# %% ../../nbs/1_see/4_towers.ipynb #0795eed3
+# %% ../../nbs/1_see/4_towers.ipynb #2d41b373
 LAYOUTS = ("flat", "spatial", "spatial_unpad", "unpad")
 
+# %% ../../nbs/1_see/4_towers.ipynb #8acc0aad
 def image_layout(
     kind: str,
     image_size: tuple[int, int],
@@ -298,10 +300,10 @@ def image_layout(
 ) -> list[int]:
     """Which rows of an image's visual tokens the language model reads, in order; -2 is the learned newline.
 
-    Rows count through the views: each has `extra` tokens and then `grid` = (height, width) cells, the whole
-    picture first, then `tiles` = (columns, rows) tiles (None: no tiles). `image_size` = (width, height) in pixels.
-    Kinds: 'flat', view after view; 'spatial', the whole picture, then the tiles put together; 'spatial_unpad', also
-    without padding and with newlines (LLaVA-NeXT); 'unpad', one padded picture without its padding (Cambrian).
+    Rows count through the views: each has `extra` tokens, then `grid` = (height, width) cells; the whole picture
+    first, then `tiles` = (columns, rows), None: no tiles. `image_size` = (width, height) in pixels. Kinds: 'flat',
+    view after view; 'spatial', the whole picture, then the tiles as one grid; 'spatial_unpad', also without padding
+    and with newlines (LLaVA-NeXT); 'unpad', one padded picture without its padding and with newlines (Cambrian).
     """
     view = extra + grid[0] * grid[1]
     if kind not in LAYOUTS:
@@ -313,9 +315,7 @@ def image_layout(
     if tiles is None:
         return list(range(view)) + [-2] * (kind == "spatial_unpad")
     if extra:
-        raise ValueError(f"image_layout: {kind!r} joins tiles to one grid, in which a class token has no place; use "
-                         "select_feature 'patch', or 'flat'")
+        raise ValueError(f"image_layout: {kind!r} joins tiles to one grid, which has no place for a class token")
     cells = _cells(tiles, grid, view)
-    if kind == "spatial":
-        return list(range(view)) + [number for line in cells for number in line]
-    return list(range(view)) + _with_newlines(_cropped(cells, image_size))
+    ordered = sum(cells, []) if kind == "spatial" else _with_newlines(_cropped(cells, image_size))
+    return list(range(view)) + ordered
