@@ -72,10 +72,10 @@ def bare_jupyter():
                 os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
 
 
-def kernel_manager(home: str):
-    "A kernel spoken to over files in `home` instead of ports: two at once never meet."
-    from jupyter_client.manager import AsyncKernelManager
-    return AsyncKernelManager(kernel_name="python3", **({} if os.name == "nt" else {"transport": "ipc", "ip": f"{home}/kernel"}))
+def over_files(home: str):
+    "Settings of a kernel spoken to over files in `home` instead of ports: two at once never meet."
+    from traitlets.config import Config
+    return Config() if os.name == "nt" else Config(AsyncKernelManager={"transport": "ipc", "ip": f"{home}/kernel"})
 
 
 def run_notebook(path: Path, solve: bool = False, timeout: float = 600) -> Run:
@@ -89,7 +89,7 @@ def run_notebook(path: Path, solve: bool = False, timeout: float = 600) -> Run:
             cell.outputs, cell.execution_count = [], None
     start, error = time.monotonic(), ""
     with bare_jupyter() as home:
-        client = NotebookClient(notebook, km=kernel_manager(home), timeout=timeout, store_widget_state=False,
+        client = NotebookClient(notebook, config=over_files(home), timeout=timeout, store_widget_state=False,
                                 resources={"metadata": {"path": str(path.parent)}})
         client.widget_registry = {}  # nbclient's Output widget can lose a reply and wait for it until the timeout
         try:

@@ -1,0 +1,291 @@
+/* The pictures that move. Python computes a payload (mllm_nb/widgets.py), this file draws it: in a saved page, where
+   `start` looks for the place, and in a running notebook, where anywidget calls `live`. Nothing is loaded from elsewhere.
+
+   A widget is one function draw.KIND(root, payload, report). It fills `root` and calls report(value) when the reader
+   chooses something. It may return a function that takes a value and shows it, for values set in Python. */
+const mllmWidgets = (() => {
+  "use strict";
+  const draw = {};
+
+  const STYLE = `
+    :host { display: block; }
+    .widget { font: 14px/1.45 system-ui, sans-serif; color: #111827; background: #fff; border: 1px solid #d1d5db;
+              border-radius: 6px; padding: 10px 12px; max-width: 760px; box-sizing: border-box; }
+    .title { font-weight: 600; margin: 0 0 6px; }
+    .row { display: flex; flex-wrap: wrap; gap: 14px; align-items: flex-start; }
+    .status { min-height: 2.9em; margin-top: 6px; }
+    .hint { color: #4b5563; font-size: 12px; }
+    fieldset { border: 0; padding: 0; margin: 0 0 8px; display: flex; gap: 12px; flex-wrap: wrap; }
+    legend { float: left; padding: 0 8px 0 0; }
+    label { cursor: pointer; }
+    canvas { display: block; image-rendering: pixelated; touch-action: none; }
+    [tabindex]:focus-visible, input:focus-visible { outline: 3px solid #0072B2; outline-offset: 2px; }
+    .tokens { display: flex; flex-wrap: wrap; gap: 3px; padding: 4px; }
+    .token { border: 1px solid #6b7280; border-radius: 3px; padding: 1px 4px; min-width: 10px; text-align: center;
+             cursor: pointer; font: 12px/1.5 ui-monospace, monospace; border-bottom-width: 4px; white-space: pre; }
+    .token.far { opacity: .28; }
+    .token[aria-selected=true] { outline: 3px solid #000; outline-offset: 1px; opacity: 1; }
+    .segment { flex-basis: 100%; height: 0; border-top: 2px dashed #6b7280; margin: 3px 0; }
+    .swatch { display: inline-block; width: 12px; height: 12px; border: 1px solid #6b7280; margin: 0 4px -1px 0; }
+    .swatch.line { height: 4px; margin-bottom: 3px; }
+    .key { margin-right: 14px; white-space: nowrap; }
+    table { border-collapse: collapse; margin-top: 6px; }
+    th, td { text-align: left; padding: 1px 14px 1px 0; font-weight: 400; vertical-align: top; }
+    th { color: #4b5563; }
+    img.frame { max-width: 100%; display: block; }`;
+
+  /* ---- tools that every widget shares ---- */
+
+  function element(tag, attributes = {}, ...children) {
+    const made = document.createElement(tag);
+    for (const [name, value] of Object.entries(attributes)) {
+      if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
+      else if (value !== null && value !== undefined) made.setAttribute(name, value);
+    }
+    made.append(...children);
+    return made;
+  }
+
+  const bytes = text => Uint8Array.from(atob(text), letter => letter.charCodeAt(0));
+  const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
+
+  /* The colour map cividis at nine points; its lightness rises evenly, also for colour-blind readers. */
+  const CIVIDIS = [[0, 34, 78], [18, 53, 112], [59, 73, 108], [87, 93, 109], [112, 113, 115], [138, 134, 120],
+                   [165, 156, 116], [195, 179, 105], [254, 232, 56]];
+  function cividis(value) {
+    const place = clamp(value, 0, 1) * (CIVIDIS.length - 1), low = Math.min(Math.floor(place), CIVIDIS.length - 2);
+    return CIVIDIS[low].map((start, i) => Math.round(start + (place - low) * (CIVIDIS[low + 1][i] - start)));
+  }
+
+  /* Where an arrow key leads on a grid; null for other keys. */
+  function moved(key, index, columns, count) {
+    const step = {ArrowRight: 1, ArrowLeft: -1, ArrowDown: columns, ArrowUp: -columns}[key];
+    if (key === "Home") return 0;
+    if (key === "End") return count - 1;
+    if (step === undefined) return null;
+    return index + step >= 0 && index + step < count ? index + step : index;
+  }
+
+  function choice(name, options, chosen, onchange) {
+    const group = element("fieldset", {}, element("legend", {}, name));
+    for (const option of options) {
+      const input = element("input", {type: "radio", name: "choice", value: option, onchange: () => onchange(option)});
+      input.checked = option === chosen;
+      group.append(element("label", {}, input, " " + option));
+    }
+    return group;
+  }
+
+  function pixels(canvas, rows, columns, colour) {
+    canvas.width = columns;
+    canvas.height = rows;
+    const context = canvas.getContext("2d"), data = context.createImageData(columns, rows);
+    for (let i = 0; i < rows * columns; i++) data.data.set([...colour(i), 255], 4 * i);
+    context.putImageData(data, 0, 0);
+  }
+
+  /* ---- an image as patches, its patches as rows of a matrix ---- */
+
+  draw.patch_grid = (root, payload, report) => {
+    const shown = 320, ratio = payload.height / payload.width, high = Math.round(shown * ratio);
+    let size, index = 0;
+    const image = new Image();
+    const picture = element("canvas", {width: shown, height: high, tabindex: 0, role: "application",
+      "aria-label": payload.title + ": patches of the image; arrow keys move, Home and End jump", "data-part": "image"});
+    const table = element("canvas", {role: "img", "data-part": "matrix", style: `width:300px;height:${high}px`});
+    const mark = element("div", {style: "position:absolute;left:-7px;width:314px;border:2px solid #D55E00;box-sizing:border-box;pointer-events:none"});
+    const strip = element("canvas", {role: "img", "aria-label": "the numbers of this token", style: "width:300px;height:18px"});
+    const zoom = element("canvas", {width: 96, height: 96, role: "img", "aria-label": "the chosen patch, enlarged"});
+    const status = element("div", {class: "status", role: "status", "aria-live": "polite"});
+    const count = element("div", {"data-part": "count"});
+
+    function paint() {
+      const context = picture.getContext("2d"), patch = shown / size.columns, tall = high / size.rows;
+      context.drawImage(image, 0, 0, shown, high);
+      context.strokeStyle = "rgba(255,255,255,.75)";
+      context.lineWidth = 1;
+      context.beginPath();
+      for (let x = 1; x < size.columns; x++) { context.moveTo(x * patch, 0); context.lineTo(x * patch, high); }
+      for (let y = 1; y < size.rows; y++) { context.moveTo(0, y * tall); context.lineTo(shown, y * tall); }
+      context.stroke();
+      const column = index % size.columns, row = Math.floor(index / size.columns);
+      for (const [colour, width] of [["#fff", 6], ["#D55E00", 3]]) {
+        context.strokeStyle = colour;
+        context.lineWidth = width;
+        context.strokeRect(column * patch, row * tall, patch, tall);
+      }
+      const enlarged = zoom.getContext("2d");
+      enlarged.imageSmoothingEnabled = false;
+      enlarged.drawImage(image, column * size.patch, row * size.patch, size.patch, size.patch, 0, 0, 96, 96);
+    }
+
+    function select(next, tell) {
+      index = next;
+      const column = index % size.columns, row = Math.floor(index / size.columns), p = size.patch;
+      mark.style.top = `${index / size.tokens * high - 1}px`;
+      mark.style.height = `${Math.max(4, high / size.tokens + 2)}px`;
+      pixels(strip, 1, payload.columns, i => cividis(size.values[index * payload.columns + i] / 255));
+      status.textContent = `Patch ${index}: row ${row}, column ${column}; pixels x ${column * p} to ${column * p + p - 1}, ` +
+        `y ${row * p} to ${row * p + p - 1}. It becomes token ${index}: ${size.numbers} numbers (${p} × ${p} × 3).`;
+      picture.dataset.selected = index;
+      paint();
+      if (tell) report({patch_size: p, patch: index, row, column});
+    }
+
+    function resize(patch, tell) {
+      size = payload.sizes.find(candidate => candidate.patch === patch);
+      size.values = size.values || bytes(size.matrix);
+      pixels(table, size.tokens, payload.columns, i => cividis(size.values[i] / 255));
+      table.setAttribute("aria-label", `token matrix: ${size.tokens} rows of ${size.numbers} numbers`);
+      count.textContent = `${size.rows} × ${size.columns} = ${size.tokens} tokens of ${size.numbers} numbers`;
+      select(Math.min(index, size.tokens - 1), tell);
+    }
+
+    const at = event => {
+      const box = picture.getBoundingClientRect();
+      const column = clamp(Math.floor((event.clientX - box.left) / box.width * size.columns), 0, size.columns - 1);
+      return clamp(Math.floor((event.clientY - box.top) / box.height * size.rows), 0, size.rows - 1) * size.columns + column;
+    };
+    const rowAt = event => {
+      const box = table.getBoundingClientRect();
+      return clamp(Math.floor((event.clientY - box.top) / box.height * size.tokens), 0, size.tokens - 1);
+    };
+    picture.addEventListener("pointermove", event => select(at(event), false));
+    picture.addEventListener("click", event => select(at(event), true));
+    table.addEventListener("pointermove", event => select(rowAt(event), false));
+    table.addEventListener("click", event => select(rowAt(event), true));
+    picture.addEventListener("keydown", event => {
+      const next = moved(event.key, index, size.columns, size.tokens);
+      if (next === null) return;
+      event.preventDefault();
+      event.stopPropagation();
+      select(next, true);
+    });
+
+    const sizes = payload.sizes.map(candidate => candidate.patch);
+    const chooser = choice("patch size", sizes, payload.start, patch => resize(patch, true));
+    root.append(chooser, element("div", {class: "row"},
+      element("div", {}, picture),
+      element("div", {}, element("div", {style: "position:relative"}, table, mark))),
+      element("div", {class: "row", style: "margin-top:8px"}, zoom, element("div", {style: "flex:1;min-width:300px"}, count, strip, status)),
+      element("div", {class: "hint"}, "Point at a patch or at a row of the matrix; or focus the image and use the arrow keys."));
+    image.onload = paint;
+    image.src = payload.image;
+    resize(payload.start, false);
+    return value => {
+      if (!sizes.includes(value.patch_size)) return;
+      root.querySelector(`input[value="${value.patch_size}"]`).checked = true;
+      index = clamp(value.patch, 0, Infinity);
+      resize(value.patch_size, false);
+    };
+  };
+
+  /* ---- tokens and their roles ---- */
+
+  draw.token_strip = (root, payload, report) => {
+    let index = payload.start;
+    const boxes = payload.tokens.map((token, i) => element("div", {class: "token", role: "option", id: `token-${i}`, "data-index": i,
+      "aria-label": `${i}: ${token.text}, ${token.role}`, onclick: () => { list.focus(); select(i, true); },
+      style: `background:${payload.colors[token.role] || "#fff"}99;border-bottom-color:${token.label === null ? "#9ca3af" : payload.colors.label}`},
+      token.text));
+    const list = element("div", {class: "tokens", role: "listbox", tabindex: 0, "aria-label": payload.title + ": tokens; arrow keys move"});
+    boxes.forEach((box, i) => {
+      const before = payload.tokens[i - 1];
+      if (before && before.segment !== payload.tokens[i].segment) list.append(element("div", {class: "segment", role: "presentation"}));
+      list.append(box);
+    });
+    const facts = element("table", {"data-part": "facts"}), status = element("div", {class: "status", role: "status", "aria-live": "polite"});
+
+    function attended(i) {
+      const mask = new Array(boxes.length).fill(false);
+      for (const [start, stop] of payload.attends[i]) mask.fill(true, start, stop);
+      return mask;
+    }
+
+    function select(next, tell) {
+      boxes[index].setAttribute("aria-selected", "false");
+      index = next;
+      const token = payload.tokens[index], mask = attended(index), seen = mask.filter(Boolean).length;
+      boxes.forEach((box, i) => box.classList.toggle("far", !mask[i]));
+      boxes[index].setAttribute("aria-selected", "true");
+      list.setAttribute("aria-activedescendant", `token-${index}`);
+      list.dataset.selected = index;
+      const rows = [["position in row", index], ["position in sample", token.position], ["token", token.text], ["id", token.id], ["role", token.role],
+        ["label", token.label === null ? "−100: not learned" : `${token.label}: learned`],
+        ["sample", token.segment || "none (padding)"], ["may look at", `${seen} of ${boxes.length} tokens (the others are pale)`]];
+      facts.replaceChildren(...rows.filter(([, value]) => value !== null)
+        .map(([name, value]) => element("tr", {}, element("th", {scope: "row"}, name), element("td", {}, String(value)))));
+      status.textContent = `Token ${index}, ${token.text}: ${token.role}, ` +
+        `${token.label === null ? "not learned" : "learned"}, may look at ${seen} of ${boxes.length} tokens.`;
+      if (tell) report({token: index, role: token.role});
+    }
+
+    function group(step) {
+      let next = index;
+      const same = i => payload.tokens[i].role === payload.tokens[index].role && payload.tokens[i].segment === payload.tokens[index].segment;
+      while (next + step >= 0 && next + step < boxes.length) { next += step; if (!same(next)) break; }
+      return next;
+    }
+    list.addEventListener("keydown", event => {
+      const next = event.key === "ArrowDown" ? group(1) : event.key === "ArrowUp" ? group(-1) : moved(event.key, index, boxes.length, boxes.length);
+      if (next === null) return;
+      event.preventDefault();
+      event.stopPropagation();
+      select(next, true);
+    });
+
+    const keys = payload.counts.map(([role, count]) => element("span", {class: "key"},
+      element("span", {class: "swatch", style: `background:${payload.colors[role] || "#fff"}99`}), `${role} ${count}`));
+    keys.push(element("span", {class: "key"}, element("span", {class: "swatch line", style: `background:${payload.colors.label}`}), `label (learned) ${payload.learned}`));
+    root.append(element("div", {"data-part": "counts"}, ...keys), list, facts, status,
+      element("div", {class: "hint"}, "Click a token, or focus the strip: ← → step, ↑ ↓ jump to the next role, Home and End."));
+    select(index, false);
+    return value => { if (value.token in boxes) select(value.token, false); };
+  };
+
+  /* ---- pictures drawn ahead, one for each value of a control ---- */
+
+  draw.flip_book = (root, payload, report) => {
+    const picture = element("img", {class: "frame", alt: ""});
+    const shown = element("output", {"data-part": "value"});
+    const slider = element("input", {type: "range", min: 0, max: payload.frames.length - 1, step: 1, "aria-label": payload.name,
+      oninput: () => show(Number(slider.value), true)});
+    function show(next, tell) {
+      const frame = payload.frames[next];
+      slider.value = next;
+      slider.setAttribute("aria-valuetext", frame.value);
+      picture.src = frame.image;
+      picture.alt = `${payload.title}, ${payload.name} ${frame.value}`;
+      shown.textContent = ` ${payload.name} = ${frame.value}`;
+      if (tell) report({[payload.name]: frame.value, index: next});
+    }
+    root.append(element("div", {}, slider, shown), picture);
+    show(payload.start, false);
+    return value => { if (value.index in payload.frames) show(value.index, false); };
+  };
+
+  /* ---- the two ways in ---- */
+
+  function mount(host, payload, report) {
+    const shadow = host.shadowRoot || host.attachShadow({mode: "open"});  // the page's styles stay out, the fallback picture is hidden
+    const root = element("div", {class: "widget", role: "group", "aria-label": payload.title});
+    shadow.replaceChildren(element("style", {}, STYLE), root);
+    root.append(element("p", {class: "title"}, payload.title));
+    return draw[payload.kind](root, payload, report) || (() => {});
+  }
+
+  function start(identifier, payload) {
+    for (const host of document.querySelectorAll(`[data-mllm-widget="${identifier}"]`)) {
+      if (!host.shadowRoot) mount(host, payload, value => { host.dataset.value = JSON.stringify(value); });
+    }
+  }
+
+  function live({model, el}) {
+    const host = document.createElement("div");
+    el.append(host);
+    const show = mount(host, model.get("payload"), value => { model.set("value", value); model.save_changes(); });
+    model.on("change:value", () => show(model.get("value")));
+  }
+
+  return {start, live, kinds: Object.keys(draw)};
+})();

@@ -1,0 +1,294 @@
+"""Widgets: the payload that Python computes, the saved page in a browser without a network, and live in JupyterLab."""
+import base64
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import nbformat
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+from mllm_nb.samples import photo
+from mllm_nb.widgets import Widget, WidgetTooLarge, flip_book, patch_grid_explorer, token_role_strip
+
+
+def gradient(side: int = 64) -> Image.Image:
+    "A picture whose grey value rises from left to right."
+    return Image.fromarray(np.tile(np.linspace(0, 255, side).astype(np.uint8), (side, 1))).convert("RGB")
+
+
+def strip() -> Widget:
+    roles = ["image"] * 4 + ["prompt"] * 2 + ["answer"] * 2 + ["prompt", "answer", "padding"]
+    words = ["▦"] * 4 + ["What?", "</script>", "a", "cat", "2+2", "4", "·"]
+    labels = [i if role == "answer" else -100 for i, role in enumerate(roles)]
+    return token_role_strip(words, roles, list(range(11)), labels, [1] * 8 + [2] * 2 + [0], title="Two <samples>")
+
+
+# ---- payloads ----
+
+def test_patch_counts_and_rows():
+    payload = patch_grid_explorer(gradient(), sizes=(8, 16, 32), side=64).payload
+    assert [(s["patch"], s["rows"], s["columns"], s["tokens"], s["numbers"]) for s in payload["sizes"]] == [
+        (8, 8, 8, 64, 192), (16, 4, 4, 16, 768), (32, 2, 2, 4, 3072)]
+    rows = np.frombuffer(base64.b64decode(payload["sizes"][1]["matrix"]), np.uint8).reshape(16, 64)
+    means = rows.mean(axis=1).reshape(4, 4)
+    assert (np.diff(means, axis=1) > 40).all() and np.allclose(means, means[:1])  # rises with the column alone
+    assert abs(means[0, 0] - np.asarray(gradient())[:16, :16].mean()) < 2
+
+
+@pytest.mark.parametrize("size", [(9,), (0,), (), (8, 7)])
+def test_patch_sizes_that_do_not_fit_are_named(size):
+    with pytest.raises(ValueError, match="must divide the side of 64 pixels"):
+        patch_grid_explorer(gradient(), sizes=size, side=64)
+
+
+@pytest.mark.parametrize("picture", [photo("coins"), np.zeros((3, 40, 50)), np.zeros((30, 20), np.uint8), gradient(31)])
+def test_any_picture_becomes_a_square(picture):
+    assert patch_grid_explorer(picture, sizes=(32,), side=64).payload["sizes"][0]["tokens"] == 4
+
+
+def test_strip_payload():
+    payload = strip().payload
+    assert payload["counts"] == [["image", 4], ["prompt", 3], ["answer", 3], ["padding", 1]]
+    assert payload["learned"] == 3
+    assert payload["attends"][7] == [[0, 8]] and payload["attends"][9] == [[8, 10]] and payload["attends"][10] == [[10, 11]]
+    assert [token["position"] for token in payload["tokens"]] == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 0]
+    assert [token["label"] for token in payload["tokens"]][5:8] == [None, 6, 7]
+
+
+def test_strip_takes_a_mask_of_its_own():
+    mask = np.array([[1, 0, 1], [1, 1, 1], [0, 0, 1]], bool)
+    payload = token_role_strip(["a", "b", "c"], ["prompt"] * 3, mask=mask).payload
+    assert payload["attends"] == [[[0, 1], [2, 3]], [[0, 3]], [[2, 3]]]
+
+
+def test_lists_of_different_lengths_are_named():
+    with pytest.raises(ValueError, match="3 tokens but 2 roles"):
+        token_role_strip(["a", "b", "c"], ["prompt"] * 2)
+    with pytest.raises(ValueError, match="2 tokens but 1 ids"):
+        token_role_strip(["a", "b"], ["prompt"] * 2, ids=[1])
+
+
+def test_flip_book_frames():
+    from mllm_nb.plots import show_matrix
+    book = flip_book(lambda size: show_matrix(np.eye(size)), "Eye", size=[1, 2])
+    assert [frame["value"] for frame in book.payload["frames"]] == ["1", "2"]
+    with pytest.raises(ValueError, match="one control"):
+        flip_book(lambda: None)
+
+
+def test_html_is_self_contained_deterministic_and_safe():
+    made = strip().html()
+    assert made == strip().html()
+    assert "http" not in made.replace("http://www.w3.org", "")
+    assert made.count("<script") == made.count("</script") == 1  # a token cannot close the script
+    assert strip().identifier != patch_grid_explorer(gradient(), (32,), 64).identifier
+    bundle = strip()._repr_mimebundle_()
+    assert base64.b64decode(bundle["image/png"]).startswith(b"\x89PNG") and bundle["text/html"] == made
+    json.dumps(strip().payload)
+
+
+def test_a_widget_that_is_too_large_says_so():
+    with pytest.raises(WidgetTooLarge, match="at most 1500000"):
+        token_role_strip(["word"] * 40_000, ["prompt"] * 40_000, mask=np.zeros((40_000, 1), bool)).html()
+
+
+def test_the_script_draws_what_python_offers():
+    code = (ROOT / "mllm_nb" / "widgets.js").read_text(encoding="utf-8")
+    for widget in (strip(), patch_grid_explorer(gradient(), (32,), 64)):
+        assert f"draw.{widget.payload['kind']} =" in code
+    assert "</" not in code.replace("</script>", "") and "http" not in code
+
+
+# ---- the saved page: file://, no network, no kernel ----
+
+@pytest.fixture
+def opened(browser, tmp_path):
+    "A function that saves a widget, opens the page from its file and fails when anything else is asked for."
+    asked, errors, pages = [], [], []
+
+    def open_page(widget: Widget):
+        page = browser.new_page()
+        pages.append(page)
+        page.on("request", lambda request: None if request.url.startswith(("file:", "data:")) else asked.append(request.url))
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(widget.save(tmp_path / f"{widget.identifier}.html").as_uri())
+        return page
+    browser.set_offline(True)
+    yield open_page
+    browser.set_offline(False)
+    for page in pages:
+        page.close()
+    assert not asked and not errors
+
+
+@pytest.mark.xdist_group("browser")
+def test_patch_grid_page_by_mouse_and_keyboard(opened):
+    page = opened(patch_grid_explorer(gradient(), sizes=(16, 8), side=64))
+    image, status = page.locator("[data-part=image]"), page.locator("[role=status]")
+    assert image.get_attribute("data-selected") == "0"
+    box = image.bounding_box()
+    page.mouse.move(box["x"] + box["width"] * 0.9, box["y"] + box["height"] * 0.3)
+    assert image.get_attribute("data-selected") == "7" and "row 1, column 3" in status.inner_text()
+    matrix = page.locator("[data-part=matrix]").bounding_box()
+    page.mouse.move(matrix["x"] + 20, matrix["y"] + matrix["height"] * 15.5 / 16)
+    assert image.get_attribute("data-selected") == "15"
+    image.focus()
+    for key, expected in (("Home", "0"), ("ArrowRight", "1"), ("ArrowDown", "5"), ("ArrowLeft", "4"), ("ArrowUp", "0"), ("ArrowUp", "0"), ("End", "15")):
+        page.keyboard.press(key)
+        assert image.get_attribute("data-selected") == expected, key
+    page.keyboard.press("Shift+Tab")  # to the sizes
+    page.keyboard.press("ArrowRight")
+    assert "8 × 8 = 64 tokens of 192 numbers" in page.locator("[data-part=count]").inner_text()
+    value = json.loads(page.locator("[data-mllm-widget]").get_attribute("data-value"))
+    assert value == {"patch_size": 8, "patch": 15, "row": 1, "column": 7}
+
+
+@pytest.mark.xdist_group("browser")
+def test_patch_grid_paints_the_picture(opened):
+    page = opened(patch_grid_explorer(gradient(), sizes=(32,), side=64))
+    page.wait_for_timeout(300)
+    read = """() => { const c = document.querySelector('[data-mllm-widget]').shadowRoot.querySelector('[data-part=image]');
+                      const at = x => c.getContext('2d').getImageData(x, 40, 1, 1).data[0]; return [at(20), at(300)] }"""
+    left, right = page.evaluate(read)
+    assert left < 60 and right > 200
+
+
+@pytest.mark.xdist_group("browser")
+def test_token_strip_page(opened):
+    page = opened(strip())
+    listed, facts = page.locator("[role=listbox]"), page.locator("[data-part=facts]")
+    tokens = page.locator("[role=option]")
+    assert tokens.count() == 11 and tokens.nth(5).inner_text() == "</script>"
+    tokens.nth(7).click()
+    assert tokens.nth(7).get_attribute("aria-selected") == "true" and "7: learned" in facts.inner_text()
+    assert page.locator(".token.far").count() == 3  # the other sample and the padding
+    for key, expected in (("ArrowRight", "8"), ("ArrowDown", "9"), ("ArrowDown", "10"), ("ArrowUp", "9"), ("Home", "0"), ("ArrowDown", "4"), ("End", "10")):
+        page.keyboard.press(key)
+        assert listed.get_attribute("data-selected") == expected, key
+    assert listed.get_attribute("aria-activedescendant") == "token-10"
+    assert "none (padding)" in facts.inner_text() and page.locator(".token.far").count() == 10
+
+
+@pytest.mark.xdist_group("browser")
+def test_flip_book_page(opened):
+    from mllm_nb.plots import show_matrix
+    page = opened(flip_book(lambda size: show_matrix(np.eye(size)), "Eye", size=[1, 2, 3]))
+    before = page.locator("img.frame").get_attribute("src")
+    page.locator("input[type=range]").focus()
+    page.keyboard.press("ArrowRight")
+    assert page.locator("[data-part=value]").inner_text().strip() == "size = 2"
+    assert page.locator("img.frame").get_attribute("src") != before
+
+
+@pytest.mark.xdist_group("browser")
+def test_without_scripts_the_picture_remains(browser, tmp_path):
+    page = browser.new_page()
+    text = strip().html()
+    path = tmp_path / "stripped.html"
+    path.write_text(text[:text.index("<script>")], encoding="utf-8")
+    page.goto(path.as_uri())
+    assert page.evaluate("document.querySelector('img').naturalWidth") > 200
+    assert page.locator("img").get_attribute("alt") == "Two <samples>"
+    page.close()
+
+
+@pytest.mark.xdist_group("browser")
+def test_two_copies_on_a_page_are_both_drawn(browser, tmp_path):
+    page = browser.new_page()
+    path = tmp_path / "twice.html"
+    path.write_text(strip().html() * 2, encoding="utf-8")
+    page.goto(path.as_uri())
+    assert page.locator("[role=listbox]").count() == 2
+    page.close()
+
+
+# ---- live in JupyterLab ----
+
+CELLS = ["""
+from pathlib import Path
+from PIL import Image
+from mllm_nb.widgets import patch_grid_explorer
+explorer = patch_grid_explorer(Image.linear_gradient('L'), sizes=(32, 16), side=64)
+explorer""", """
+live = explorer.live()
+live.observe(lambda change: Path('heard.txt').write_text(repr(change['new'])), 'value')
+live"""]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def lab(tmp_path):
+    "JupyterLab over a folder with one notebook, with settings and kernels of its own; its address."
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source.strip()) for source in CELLS],
+                                        metadata={"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}})
+    root = tmp_path / "book"
+    root.mkdir()
+    nbformat.write(notebook, root / "live.ipynb")
+    home = {name: str(tmp_path / name.lower()) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")}
+    environment = {**os.environ, **home, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    port = free_port()
+    subprocess.run([sys.executable, "-m", "jupyter", "labextension", "disable", "@jupyterlab/apputils-extension:announcements"],
+                   env=environment, capture_output=True)
+    server = subprocess.Popen(
+        [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", "--ip", "127.0.0.1", "--port", str(port),
+         "--ServerApp.token=", "--ServerApp.password=", f"--ServerApp.root_dir={root}"],
+        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    yield f"http://127.0.0.1:{port}/lab/tree/live.ipynb?reset", root
+    server.terminate()
+    server.wait(20)
+
+
+def wait_for(condition, seconds: float, what: str):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return
+        time.sleep(0.3)
+    raise AssertionError(f"not within {seconds:.0f} s: {what}")
+
+
+def goto_when_up(page, address: str) -> None:
+    from playwright.sync_api import Error
+    for _ in range(100):
+        try:
+            page.goto(address)
+            return
+        except Error:
+            time.sleep(0.6)
+    raise AssertionError("JupyterLab did not start")
+
+
+@pytest.mark.xdist_group("browser")
+def test_live_in_jupyterlab(browser, lab):
+    pytest.importorskip("anywidget")
+    address, root = lab
+    page, asked = browser.new_page(), []
+    page.on("request", lambda request: None if "127.0.0.1" in request.url or request.url.startswith(("data:", "blob:")) else asked.append(request.url))
+    goto_when_up(page, address)
+    page.locator(".jp-Notebook").wait_for(timeout=90_000)
+    page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for(timeout=90_000)
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_text("Run All Cells", exact=True).click()
+    images = page.locator("[data-part=image]")
+    wait_for(lambda: images.count() == 2, 90, "the saved and the live widget are drawn")
+    images.nth(0).focus()
+    page.keyboard.press("ArrowRight")
+    assert images.nth(0).get_attribute("data-selected") == "1"          # the static one, inside JupyterLab's page
+    images.nth(1).focus()
+    page.keyboard.press("ArrowDown")
+    heard = root / "heard.txt"
+    wait_for(heard.exists, 30, "the kernel hears what was chosen")
+    wait_for(lambda: heard.read_text() == "{'patch_size': 32, 'patch': 2, 'row': 1, 'column': 0}", 10, "the value read back in Python")
+    assert not asked
+    page.close()
