@@ -456,6 +456,7 @@ import json, os, random, signal, sys, time, torch
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 torch.set_num_threads(1)
+import torch._dynamo   # an optimizer's first step loads it: once here instead of in every child
 from safetensors.torch import save_file
 from test_loop import FP32, QUIET, Words, make_batches, replace, train, weights
 from mllm_nb.training import checkpoints

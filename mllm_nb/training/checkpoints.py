@@ -70,8 +70,9 @@ def file_facts(path: Path) -> dict[str, int]:
     "What the manifest says of a file: its length in bytes and its checksum."
     return {"bytes": path.stat().st_size, "crc32": checksum(path)}
 
-# %% ../../nbs/6_train/5_checkpoints.ipynb #793034bb
-def _write_files(target: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping, score: float | None):
+# %% ../../nbs/6_train/5_checkpoints.ipynb #8e746f7c
+def _write_files(target: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping,
+                 score: float | None) -> None:
     "Write one file of tensors per part, the state as JSON, and last the manifest that vouches for them."
     for part, values in tensors.items():
         path = target / f"{part}.safetensors"
@@ -109,14 +110,14 @@ def save_checkpoint(
     remove_old(folder, keep)
     return final
 
-# %% ../../nbs/6_train/5_checkpoints.ipynb #d4426990
+# %% ../../nbs/6_train/5_checkpoints.ipynb #0a2be386
 def checkpoint_folders(folder: str | Path) -> list[Path]:
     "The finished checkpoints of a run, oldest first (unfinished ones have names that start with a dot)."
     return sorted(path for path in Path(folder).glob("step-*") if path.is_dir())
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    "The manifest of a checkpoint, or {} where it is missing or unreadable. Raises `CheckpointError` for a newer format."
+    "A checkpoint's manifest, or {} where it is missing or unreadable. Raises `CheckpointError` for a newer format."
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -124,7 +125,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or "format" not in manifest:
         return {}
     if manifest["format"] > FORMAT:
-        raise CheckpointError(f"{path}: format {manifest['format']} was written by a newer mllm_nb, expected at most {FORMAT}")
+        raise CheckpointError(f"{path}: format {manifest['format']} was written by a newer mllm_nb, "
+                              f"expected at most {FORMAT}")
     return manifest
 
 # %% ../../nbs/6_train/5_checkpoints.ipynb #74d38c9c
@@ -157,7 +159,7 @@ def checkpoint_faults(path: str | Path) -> list[str]:
             faults.append(f"{name} has the right length and the wrong checksum")
     return faults
 
-# %% ../../nbs/6_train/5_checkpoints.ipynb #10070021
+# %% ../../nbs/6_train/5_checkpoints.ipynb #740e67cf
 @dataclass(frozen=True)
 class Checkpoint:
     "A whole checkpoint on disk; tensors are read only when asked for."
@@ -172,7 +174,7 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    "Open one checkpoint folder. Raises `CheckpointError` where a file is torn or the format is newer than this library."
+    "Open one checkpoint folder. Raises `CheckpointError` where a file is torn or the format is a newer library's."
     path = Path(path)
     manifest = read_manifest(path)
     if faults := checkpoint_faults(path):
@@ -180,9 +182,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     return Checkpoint(path, manifest["step"], manifest["score"], state)
 
-# %% ../../nbs/6_train/5_checkpoints.ipynb #acb5bbfe
+# %% ../../nbs/6_train/5_checkpoints.ipynb #2356cda2
 def load_checkpoint(folder: str | Path, log: Callable[[str], None] = print) -> Checkpoint | None:
-    "The newest whole checkpoint of a run, or None where there is none. Says in the log which broken ones it passed over."
+    "The newest whole checkpoint of a run, or None where there is none; the log names broken ones."
     folders = checkpoint_folders(folder)
     for path in reversed(folders):
         faults = checkpoint_faults(path)
@@ -218,7 +220,7 @@ def check_names(found: Iterable[str], expected: Iterable[str], where: str) -> No
     if lines:
         raise CheckpointError(f"{where} holds other tensors than the model trains: " + "; ".join(lines[:10]))
 
-# %% ../../nbs/6_train/5_checkpoints.ipynb #268a398f
+# %% ../../nbs/6_train/5_checkpoints.ipynb #67ede164
 @torch.no_grad()
 def restore_model(model: nn.Module, tensors: Mapping[str, Tensor], where: str = "the checkpoint") -> None:
     "Copy saved tensors into a model's trainable parameters and buffers; names and shapes must be equal."
@@ -226,7 +228,8 @@ def restore_model(model: nn.Module, tensors: Mapping[str, Tensor], where: str = 
     check_names(tensors, current, where)
     for name, value in current.items():
         if value.shape != tensors[name].shape:
-            raise CheckpointError(f"{where}: {name} is {tuple(tensors[name].shape)}, the model has {tuple(value.shape)}")
+            raise CheckpointError(f"{where}: {name} is {tuple(tensors[name].shape)}, "
+                                  f"the model has {tuple(value.shape)}")
         value.copy_(tensors[name])
 
 # %% ../../nbs/6_train/5_checkpoints.ipynb #e5a5a4da
@@ -240,9 +243,9 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensor
         # a step counter is a number on whatever device; moments live beside their parameter
         optimizer.state[parameter][key] = value.to(parameter.device, copy=True) if value.ndim else value.clone()
 
-# %% ../../nbs/6_train/5_checkpoints.ipynb #83f8598c
+# %% ../../nbs/6_train/5_checkpoints.ipynb #e4155e7a
 def frozen_prints(model: nn.Module, samples: int = 256) -> dict[str, int]:
-    "A fingerprint of each frozen parameter (a checksum of evenly spaced values): frozen weights are not saved, only recognised."
+    "A fingerprint of each frozen parameter (checksum of evenly spaced values): not saved, only recognised."
     prints = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -259,7 +262,7 @@ def check_frozen(model: nn.Module, saved: Mapping[str, int], where: str) -> None
     if other := [name for name, value in now.items() if value != saved[name]]:
         raise CheckpointError(f"{where} was trained beside other frozen weights: {', '.join(other[:10])}")
 
-# %% ../../nbs/6_train/5_checkpoints.ipynb #f7b15b50
+# %% ../../nbs/6_train/5_checkpoints.ipynb #7e68c0c3
 def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
     "All random number generators: PyTorch's as tensors of bytes, Python's and numpy's as JSON numbers."
     tensors = {"torch": torch.get_rng_state()}
@@ -267,7 +270,8 @@ def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors |= {f"cuda:{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
     name, keys, position, has_gauss, cached = np.random.get_state()
     version, numbers, gauss = random.getstate()
-    return tensors, {"numpy": [name, keys.tolist(), position, has_gauss, cached], "python": [version, list(numbers), gauss]}
+    return tensors, {"numpy": [name, keys.tolist(), position, has_gauss, cached],
+                     "python": [version, list(numbers), gauss]}
 
 
 def restore_random_state(tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:

@@ -133,10 +133,10 @@ def divide_by_tokens(parameters: Sequence[nn.Parameter], facts: Tensor) -> None:
     if len(facts) > 1 and gradients:
         torch._foreach_mul_(gradients, facts[0, 1] / facts[:, 1].sum())
 
-# %% ../../nbs/6_train/1_loop.ipynb #c548b395
+# %% ../../nbs/6_train/1_loop.ipynb #5803452d
 @torch.no_grad()
 def clip_gradients(parameters: Sequence[nn.Parameter], limit: float | None) -> Tensor:
-    "Scale all gradients to a global norm of at most `limit` (optax's rule, without an epsilon); returns the norm before."
+    "Scale gradients to a global norm of at most `limit` (optax's rule, without an epsilon); returns the norm before."
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     if limit is not None and gradients:
@@ -357,7 +357,8 @@ class DataOrder:
             self.iterator = iter(self.batches)
         elif isinstance(self.batches, Sequence):
             if len(self.batches) != state["length"]:
-                raise DataError(f"found {len(self.batches)} batches, expected the {state['length']} of the run's beginning")
+                raise DataError(f"found {len(self.batches)} batches, expected the {state['length']} that the run "
+                                "began with")
             self.iterator = islice(iter(self.batches), self.position, None)
         else:
             raise DataError(f"{type(self.batches).__name__} cannot go on from batch {self.position}: it is no sequence "
@@ -507,14 +508,14 @@ def start_run(model: nn.Module, batches, config: TrainingConfig, plan: DevicePla
     return Run(model, config, plan, order, build_optimizer(model, config), scaler,
                run_schedule(config, total), total, parameters=parameters)
 
-# %% ../../nbs/6_train/1_loop.ipynb #bef0e6ac
+# %% ../../nbs/6_train/1_loop.ipynb #41beafa2
 def save_run(run: Run, folder: Path, row: Mapping[str, Any], log: "MetricsLog") -> int:
     "Write a checkpoint of a run at a step border; returns the step."
     log.sync()
     generators, numbers = checkpoints.random_state()
     state = {"config": asdict(run.config), "total_steps": run.total_steps, "precision": precision_name(run.plan),
-             "order": run.order.state_dict(), "seconds": run.seconds, "scaler": run.scaler.state_dict(), "random": numbers,
-             "frozen": checkpoints.frozen_prints(run.model)}
+             "order": run.order.state_dict(), "seconds": run.seconds, "scaler": run.scaler.state_dict(),
+             "random": numbers, "frozen": checkpoints.frozen_prints(run.model)}
     tensors = {"model": checkpoints.model_tensors(run.model),
                "optimizer": checkpoints.optimizer_tensors(run.optimizer, run.model), "random": generators}
     metric = run.config.best_metric
@@ -570,14 +571,14 @@ class MetricsLog:
     def close(self) -> None:
         self.file.close()
 
-# %% ../../nbs/6_train/1_loop.ipynb #3bcc9fc0
+# %% ../../nbs/6_train/1_loop.ipynb #c53d004b
 class Interrupted(KeyboardInterrupt):
     "Training stopped at a step border because somebody asked for it; all is saved."
 
 
 @contextmanager
 def stop_signals():
-    "Turn the first Ctrl-C (or SIGTERM) into a wish that is granted at the next step border; the second one aborts at once."
+    "The first Ctrl-C (or SIGTERM) is a wish that is granted at the next step border; the second one aborts at once."
     wish = SimpleNamespace(stop=False)
     if threading.current_thread() is not threading.main_thread():
         yield wish   # only the main thread may set signal handlers
@@ -636,7 +637,7 @@ class History:
         from mllm_nb.plots import learning_curves
         return learning_curves({self.folder.name: self.rows}, keys)
 
-# %% ../../nbs/6_train/1_loop.ipynb #4461315d
+# %% ../../nbs/6_train/1_loop.ipynb #0a6ab145
 def _find_checkpoint(folder: Path, config: TrainingConfig) -> checkpoints.Checkpoint | None:
     if config.resume:
         return checkpoints.load_checkpoint(folder)
@@ -662,18 +663,18 @@ def _loop(run: Run, folder: Path, log: MetricsLog, loss_function, on_step, wish)
     if config.save and run.step > saved_at:
         saved_at = save_run(run, folder, row, log)
     if wish.stop and run.step < run.total_steps:
-        told = f"the same call goes on from {folder}" if saved_at else "nothing was saved (TrainingConfig.save is False)"
+        told = f"the same call goes on from {folder}" if saved_at else "TrainingConfig.save is False: nothing was saved"
         raise Interrupted(f"stopped after step {run.step} of {run.total_steps}; {told}")
 
-# %% ../../nbs/6_train/1_loop.ipynb #b013ce49
+# %% ../../nbs/6_train/1_loop.ipynb #748b8ade
 def train(
     model: nn.Module,
-    batches,                        # iterable of micro-batches; `state_dict`/`load_state_dict` make an own order resumable
+    batches,                        # micro-batches; a list, or anything with `state_dict` and `load_state_dict`
     config: TrainingConfig,
     folder: str | Path,             # gets metrics.jsonl and checkpoints/
     *,
     loss_function: Callable = batch_loss,   # (model, batch) -> loss tensor, or an object with .loss, .tokens, .metrics
-    on_step: Callable[[Run, dict], dict | None] | None = None,   # called after each update; what it returns joins the log's row
+    on_step: Callable[[Run, dict], dict | None] | None = None,   # after each update; what it returns joins the row
     plan: DevicePlan | None = None,
 ) -> History:
     "Train a model in place, or go on where an earlier call with the same settings was stopped or killed."

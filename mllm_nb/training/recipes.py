@@ -27,7 +27,7 @@ PARTS = {
     "adapters": "*lora_A*|*lora_B*",
 }
 
-# %% ../../nbs/6_train/2_recipes.ipynb #45f73cb1
+# %% ../../nbs/6_train/2_recipes.ipynb #edab141e
 @dataclass(frozen=True)
 class Stage:
     "One training stage as its authors published it; batch sizes count samples."
@@ -49,7 +49,7 @@ class Stage:
     weight_decay: float = 0.0
     precision: str = "bf16"
     learning_rates: tuple[tuple[str, float], ...] = ()   # parts with a peak of their own
-    lora: tuple[int, int, float] | None = None           # rank, alpha, dropout; on every linear layer of the LM but its head
+    lora: tuple[int, int, float] | None = None           # rank, alpha, dropout; in every linear layer of the LM
     group_by_modality: bool = False     # batches of samples with images alternate with batches of text only
     note: str = ""
 
@@ -78,9 +78,10 @@ class Recipe:
             raise KeyError(f"recipe {self.name} has no stage {name!r}; it has {', '.join(found)}")
         return found[name]
 
-# %% ../../nbs/6_train/2_recipes.ipynb #81144ff1
+# %% ../../nbs/6_train/2_recipes.ipynb #d6b562cd
 _LCS, _CLIP, _CLIP_336 = "blip_laion_cc_sbu_558k", "openai/clip-vit-large-patch14", "openai/clip-vit-large-patch14-336"
-_V1, _V15, _LIGHTNING = "https://arxiv.org/abs/2304.08485", "https://arxiv.org/abs/2310.03744", "LLaVA scripts/train_lightning.sh"
+_V1, _V15 = "https://arxiv.org/abs/2304.08485", "https://arxiv.org/abs/2310.03744"
+_LIGHTNING = "LLaVA scripts/train_lightning.sh"
 
 _ALIGN_V1 = Stage(
     "pretrain", "LLaVA-CC3M-Pretrain-595K", 595_000, 128, 2e-3, ("connector",), "plain",
@@ -99,9 +100,10 @@ _MPT = {"template": "mpt", "source": "LLaVA scripts/train_lightning_mpt.sh",
         "note": "the command passes --version v1; the code takes the mpt template for every MPT model"}
 _ALIGN_MPT, _TUNE_MPT = replace(_ALIGN_LIGHTNING, **_MPT), replace(_TUNE_LIGHTNING, **_MPT)
 
-# %% ../../nbs/6_train/2_recipes.ipynb #349b9865
+# %% ../../nbs/6_train/2_recipes.ipynb #22995ac9
 _ALIGN_V15 = Stage(
-    "pretrain", _LCS, 558_000, 256, 1e-3, ("connector",), "plain", "LLaVA scripts/v1_5/pretrain.sh", per_device_batch=32)
+    "pretrain", _LCS, 558_000, 256, 1e-3, ("connector",), "plain", "LLaVA scripts/v1_5/pretrain.sh",
+    per_device_batch=32)
 _TUNE_V15 = Stage(
     "finetune", "llava_v1_5_mix665k", 665_000, 128, 2e-5, ("connector", "language_model"), "v1",
     "LLaVA scripts/v1_5/finetune.sh", sharding="ZeRO-3", group_by_modality=True)
@@ -112,13 +114,14 @@ _LORA_V15 = replace(
 _ALIGN_BAK = replace(_ALIGN_V15, context_length=8000, source="BakLLaVA scripts/pretrain.sh",
                      note="32 a device; the number of devices is not written down, 8 is LLaVA's")
 _TUNE_BAK = replace(_TUNE_V15, context_length=8000, source="BakLLaVA scripts/finetune.sh",
-                    note="16 a device; own data beside the 665K are mentioned, not listed; the script names a Llama-2 template "
-                         "and passes v1")
+                    note="16 a device; own data beside the 665K are mentioned, not listed; "
+                         "the script names a Llama-2 template and passes v1")
 _SCIENCE = Stage(
-    "finetune", "ScienceQA QCM-LEA", 12_726, 128, 2e-5, ("connector", "language_model"), "v1", "LLaVA scripts/finetune_sqa.sh",
-    epochs=12, note="the first release used 4 x 8 and a Vicuna v0; the command leaves the template open, v1 is Vicuna 1.3's")
+    "finetune", "ScienceQA QCM-LEA", 12_726, 128, 2e-5, ("connector", "language_model"), "v1",
+    "LLaVA scripts/finetune_sqa.sh", epochs=12,
+    note="the first release used 4 x 8 and a Vicuna v0; the command leaves the template open, v1 is Vicuna 1.3's")
 
-# %% ../../nbs/6_train/2_recipes.ipynb #77df4f49
+# %% ../../nbs/6_train/2_recipes.ipynb #4dca75a2
 _ALL = (
     Recipe("llava-v1-13b", "lmsys/vicuna-13b-v1.1", _CLIP, "linear", (_ALIGN_V1, _TUNE_V1), _V1,
            note="the first release put the image tokens between <im_start> and <im_end>"),
@@ -129,7 +132,8 @@ _ALL = (
     Recipe("llava-v1.5-7b", "lmsys/vicuna-7b-v1.5", _CLIP_336, "mlp2x_gelu", (_ALIGN_V15, _TUNE_V15), _V15, "pad"),
     Recipe("llava-v1.5-13b", "lmsys/vicuna-13b-v1.5", _CLIP_336, "mlp2x_gelu", (_ALIGN_V15, _TUNE_V15), _V15, "pad"),
     Recipe("llava-v1.5-7b-lora", "lmsys/vicuna-7b-v1.5", _CLIP_336, "mlp2x_gelu", (_ALIGN_V15, _LORA_V15), _V15, "pad"),
-    Recipe("llava-v1.5-13b-lora", "lmsys/vicuna-13b-v1.5", _CLIP_336, "mlp2x_gelu", (_ALIGN_V15, _LORA_V15), _V15, "pad"),
+    Recipe("llava-v1.5-13b-lora", "lmsys/vicuna-13b-v1.5", _CLIP_336, "mlp2x_gelu", (_ALIGN_V15, _LORA_V15), _V15,
+           "pad"),
     Recipe("llava-scienceqa-13b", "lmsys/vicuna-13b-v1.3", _CLIP, "linear", (_ALIGN_LIGHTNING, _SCIENCE), _V1),
     Recipe("bakllava-1", "mistralai/Mistral-7B-v0.1", _CLIP_336, "mlp2x_gelu", (_ALIGN_BAK, _TUNE_BAK), _V15, "pad"),
 )
@@ -167,9 +171,10 @@ def show_stages(recipe: Recipe) -> "Figure":
             adapted = part == "language_model" and "adapters" in stage.trains
             verb = "adapters at" if adapted else "trained at"
             words = f"{label}\n" + (f"{verb} {rate_name(rates[part])}" if part in rates else "frozen")
-            axes[0, 0].text(column, -row, words, ha="center", va="center", bbox={
-                "boxstyle": "round,pad=0.5", "facecolor": ORANGE if part in rates else PALE, "edgecolor": GREY, "alpha": 0.7})
-        axes[0, 0].text(-0.62, -row, f"{stage.name}\n{stage.data}\n{stage.steps:,} updates", ha="right", va="center", fontsize=9)
+            box = {"boxstyle": "round,pad=0.5", "facecolor": ORANGE if part in rates else PALE, "edgecolor": GREY}
+            axes[0, 0].text(column, -row, words, ha="center", va="center", bbox=box | {"alpha": 0.7})
+        title = f"{stage.name}\n{stage.data}\n{stage.steps:,} updates"
+        axes[0, 0].text(-0.62, -row, title, ha="right", va="center", fontsize=9)
     axes[0, 0].set(xlim=(-1.75, 2.5), ylim=(-len(recipe.stages) + 0.4, 0.6), title=recipe.name)
     axes[0, 0].set_axis_off()
     return figure
@@ -186,19 +191,20 @@ def table_row(recipe: str, stage: Stage) -> tuple[str, ...]:
 
 
 def recipe_table(recipes: Sequence[Recipe] = tuple(RECIPES.values())) -> str:
-    "All stages of some recipes as aligned text, one line per stage."
+    "All stages of some recipes, one line per stage: a Markdown table that is aligned for terminals."
     rows = [COLUMNS, *(table_row(recipe.name, stage) for recipe in recipes for stage in recipe.stages)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    rows.insert(1, tuple("-" * width for width in widths))
+    return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows)
 
-# %% ../../nbs/6_train/2_recipes.ipynb #73fae390
+# %% ../../nbs/6_train/2_recipes.ipynb #4b69a17e
 def split_batch(global_batch: int, devices: int, most: int) -> tuple[int, int]:
     "The largest micro-batch of at most `most` samples a device, and how many of them make up the global batch."
     if global_batch % devices:
         possible = [number for number in range(1, global_batch + 1) if global_batch % number == 0]
         nearest = sorted(possible, key=lambda number: abs(number - devices))[:3]
-        raise ValueError(f"a global batch of {global_batch} cannot be shared by {devices} devices; try {sorted(nearest)}")
+        raise ValueError(f"a global batch of {global_batch} cannot be shared by {devices} devices; "
+                         f"try {sorted(nearest)}")
     share = global_batch // devices
     micro = next(size for size in range(min(most, share), 0, -1) if share % size == 0)
     return micro, share // micro
@@ -231,7 +237,7 @@ def square_root_rule(learning_rate: float, batch: int, new_batch: int) -> float:
     "Learning rate for another batch size: it grows with the square root of the batch (Cambrian-1, training scripts)."
     return learning_rate * math.sqrt(new_batch / batch)
 
-# %% ../../nbs/6_train/2_recipes.ipynb #840279c3
+# %% ../../nbs/6_train/2_recipes.ipynb #616c1bf6
 def miniature_rate(rate: float, width_ratio: float) -> float:
     "A published learning rate carried over to a model that is `width_ratio` times narrower, at most 2e-3."
     return min(2e-3, rate * width_ratio)
@@ -240,11 +246,12 @@ def miniature_rate(rate: float, width_ratio: float) -> float:
 def miniature(stage: Stage, examples: int = 16_000, width_ratio: float = 32) -> Stage:
     """The stage's counterpart on the miniature world: what is trained, template and schedule stay, sizes shrink.
 
-    Narrow models want larger steps: rates above 1e-3 stay, smaller ones grow by `width_ratio` (LLaVA's 4096 over the miniature's 128).
+    Narrow models want larger steps: rates grow by `width_ratio` (LLaVA's 4096 over the miniature's 128), up to 2e-3.
     """
     data = "world captions" if stage.name == "pretrain" else "world questions"
     batch = max(16, stage.global_batch // 4)
     scaled = replace(stage, data=data, examples=examples, global_batch=batch, per_device_batch=batch, devices=1,
                      epochs=1, context_length=512, sharding="none", precision="auto", note=f"after {stage.data}",
                      learning_rate=miniature_rate(stage.learning_rate, width_ratio))
-    return replace(scaled, learning_rates=tuple((part, miniature_rate(rate, width_ratio)) for part, rate in stage.learning_rates))
+    own = tuple((part, miniature_rate(rate, width_ratio)) for part, rate in stage.learning_rates)
+    return replace(scaled, learning_rates=own)
