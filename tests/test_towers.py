@@ -1,0 +1,246 @@
+"Towers: the originals' features, grids and layouts; folders; frozen means frozen."
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import ROOT
+from mllm_nb.images import Preprocess, anyres_grid
+from mllm_nb.vision.towers import (Features, Tower, TowerConfig, image_layout, interpolate_grid, interpolate_tokens,
+                                   merge_stages, padding_mask)
+from mllm_nb.vision.vit import ViT, ViTConfig, load_transformers_state
+from safetensors.torch import load_file, save_file
+
+PARITY = ROOT / "tests" / "golden" / "parity"
+SMALL = ViTConfig(image_size=16, patch_size=4, hidden_size=24, num_hidden_layers=3, num_attention_heads=4, intermediate_size=32)
+CONFIG = TowerConfig("small", SMALL, Preprocess(size=16))
+
+
+def golden(name: str) -> tuple[dict, dict]:
+    return load_file(PARITY / f"{name}.safetensors"), json.loads((PARITY / f"{name}.json").read_text())["config"]
+
+
+def golden_tower(name: str, **changes) -> tuple[Tower, dict, dict]:
+    tensors, config = golden(name)
+    vit = ViT(ViTConfig.from_transformers({"model_type": "clip_vision_model", **config["clip_config"]}))
+    load_transformers_state(vit, tensors, prefix="weights.model.vision_tower.vision_tower.vision_model.")
+    use = config["hf_config"]
+    settings = TowerConfig("clip", vit.config, Preprocess(size=vit.config.image_size), use["mm_vision_select_layer"], use["mm_vision_select_feature"])
+    return Tower(replace(settings, **changes), vit), tensors, config
+
+
+def tower(seed: int = 0, **changes) -> Tower:
+    torch.manual_seed(seed)
+    return Tower(replace(CONFIG, **changes))
+
+
+# what the originals compute
+
+@pytest.mark.parametrize("name", ["llava15_llama_mlp2x", "llava15_llama_mixed_textonly_multiimage_leftpad", "llava15_mistral_mlp2x", "llava15_truncation"])
+def test_llava_s_features(name):
+    model, tensors, _ = golden_tower(name)
+    torch.testing.assert_close(model(tensors["in.pixel_values"]).tokens, tensors["out.vision_features"], atol=1e-5, rtol=1e-5)
+
+
+def test_anyres_layout_gives_the_original_s_embeddings():
+    model, tensors, config = golden_tower("llava_anyres_spatial_unpad")
+    start = 0
+    for number, size in enumerate(config["image_sizes"]):
+        views = tensors[f"in.pixel_values.{number}"]
+        torch.testing.assert_close(model(views).tokens, tensors["out.vision_features"][start:start + len(views)], atol=1e-5, rtol=1e-5)
+        table = torch.cat([tensors["out.image_features"][start:start + len(views)].flatten(0, 1), tensors["weights.model.image_newline"].expand(2, -1)])
+        tiles = anyres_grid(size, config["hf_config"]["image_grid_pinpoints"], 16)
+        assert 1 + tiles[0] * tiles[1] == len(views) == config["tiles"][number]
+        layout = image_layout("spatial_unpad", size, (4, 4), tiles)
+        first = int((tensors["in.input_ids"][number] == -200).nonzero())
+        assert torch.equal(table[layout], tensors["out.inputs_embeds"][number, first:first + len(layout)])
+        start += len(views)
+
+
+def test_grids_are_resampled_as_cambrian_does():
+    tensors, config = golden("tower_interpolation")
+    for number, count in enumerate(config["token_targets"]):
+        torch.testing.assert_close(interpolate_tokens(tensors[f"in.tokens.{number}"], count), tensors[f"out.tokens.{number}"], atol=1e-6, rtol=1e-6)
+    side = round(config["convnext_target"] ** 0.5)
+    merged = merge_stages([tensors[f"in.stage.{number}"] for number in range(4)], side)
+    torch.testing.assert_close(merged.flatten(1, 2), tensors["out.convnext_multistage"], atol=1e-6, rtol=1e-6)
+
+
+def test_resampling_details():
+    grid = torch.randn(1, 3, 3, 2)
+    assert interpolate_grid(grid, 3) is grid
+    assert interpolate_grid(grid.bfloat16(), 5).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="10 tokens"):
+        interpolate_tokens(torch.randn(1, 10, 2), 4)
+
+
+# towers
+
+@pytest.mark.parametrize("feature, count, tokens", [("patch", None, 16), ("cls_patch", None, 17), ("patch", 4, 4), ("cls_patch", 25, 26)])
+def test_tokens_and_settings_agree(feature, count, tokens):
+    model = tower(select_feature=feature, token_count=count)
+    features = model(torch.randn(2, 3, 16, 16))
+    assert features.tokens.shape == (2, tokens, 24) and model.config.tokens == tokens
+    assert features.grid.shape == (2, model.config.grid, model.config.grid, 24) and features.mask.shape == features.grid.shape[:3]
+    assert (features.prefix is None) == (feature == "patch")
+
+
+def test_layers_are_selected_as_hidden_states():
+    pixels, reference = torch.randn(1, 3, 16, 16), tower().vit
+    states = reference(pixels, return_layers=True)
+    for layer, expected in ((-2, states[-2]), (-1, states[-1]), (1, states[1]), (None, reference.post_norm(states[-1]))):
+        torch.testing.assert_close(tower(select_layer=layer)(pixels).grid.flatten(1, 2), expected[:, 1:])
+
+
+def test_positions_follow_the_size_of_the_images():
+    model = tower(preprocess=Preprocess(size=24))
+    assert model.vit.positions.shape == (37, 24) and model.config.vit.image_size == 24
+    assert model(torch.randn(1, 3, 24, 24)).grid.shape == (1, 6, 6, 24)
+    rounded = tower(preprocess=Preprocess(size=18))  # 18 pixels also have 4 whole patches
+    assert torch.equal(rounded.vit.positions, tower().vit.positions) and rounded(torch.randn(1, 3, 18, 18)).tokens.shape[1] == 16
+    with pytest.raises(ValueError, match="16 x 16"):
+        tower()(torch.randn(1, 3, 24, 24))
+
+
+def test_padding_is_masked():
+    features = tower()(torch.randn(2, 3, 16, 16), image_sizes=[(40, 20), (20, 40)])
+    assert features.mask[0].all(1).tolist() == [False, True, True, False] == features.mask[1].all(0).tolist()
+    with pytest.raises(ValueError, match="1 image sizes for 2 views"):
+        padding_mask(features.grid, [(1, 1)])
+    assert padding_mask(features.grid[:1], [(1600, 100)]).sum() == 0  # thinner than a cell, as the original
+
+
+def test_frozen_means_frozen():
+    model = torch.nn.ModuleList([tower()]).train()[0]
+    assert not model.training and not model.vit.training and not any(p.requires_grad for p in model.parameters())
+    assert not model(torch.randn(1, 3, 16, 16)).tokens.requires_grad
+    pixels = torch.randn(1, 3, 16, 16, requires_grad=True)
+    model(pixels).tokens.sum().backward()  # the picture itself may ask
+    assert pixels.grad.abs().sum() > 0
+    model.unfreeze()
+    assert model.training and all(p.requires_grad for p in model.parameters())
+    assert not model.freeze().training
+
+
+def test_features_join_prefix_and_grid():
+    features = Features(torch.arange(4.0).reshape(1, 2, 2, 1), torch.ones(1, 2, 2, dtype=torch.bool), torch.full((1, 1, 1), -1.0))
+    assert features.tokens.flatten().tolist() == [-1, 0, 1, 2, 3]
+
+
+# folders
+
+def test_saved_towers_come_back(tmp_path):
+    model, pixels = tower(select_feature="cls_patch", preprocess=Preprocess(size=24, aspect="anyres", pinpoints=((24, 48),))), torch.randn(1, 3, 24, 24)
+    model.save_pretrained(tmp_path)
+    again = Tower.from_pretrained(tmp_path)
+    assert again.config == model.config and torch.equal(again(pixels).tokens, model(pixels).tokens)
+    assert Tower.from_pretrained(tmp_path, select_layer=-1).config.select_layer == -1
+
+
+@pytest.mark.parametrize("family, layer", [("clip", -2), ("siglip", None), ("dinov2", None)])
+def test_published_folders_load(family, layer, tmp_path):
+    from test_vit import original
+    model = original(family).eval()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}))
+    pixels = torch.randn(1, 3, 28, 28)
+    expected = model(pixels, output_hidden_states=True)
+    expected = expected.last_hidden_state if layer is None else expected.hidden_states[layer]
+    torch.testing.assert_close(Tower.from_pretrained(tmp_path).vit.hidden_state(pixels, layer), expected, atol=1e-5, rtol=1e-5)
+    features = Tower.from_pretrained(tmp_path, select_feature="cls_patch")(pixels)
+    torch.testing.assert_close(features.tokens, expected, atol=1e-5, rtol=1e-5)
+    assert Tower.from_pretrained(tmp_path).config.select_layer == layer
+
+
+def test_sharded_weights_load(tmp_path):
+    model = tower()
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    parts = {"a.safetensors": dict(list(state.items())[::2]), "b.safetensors": dict(list(state.items())[1::2])}
+    for name, part in parts.items():
+        save_file(part, tmp_path / name)
+    index = {"weight_map": {key: name for name, part in parts.items() for key in part}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert Tower.from_pretrained(tmp_path).config == model.config
+
+
+def spoil(folder, kind: str) -> None:
+    weights = folder / "model.safetensors"
+    if kind == "no config":
+        (folder / "config.json").unlink()
+    elif kind == "no JSON":
+        (folder / "config.json").write_text("{")
+    elif kind == "truncated":
+        weights.write_bytes(weights.read_bytes()[:200])
+    elif kind == "pickle":
+        weights.rename(folder / "pytorch_model.bin")
+    elif kind == "geometry":
+        settings = json.loads((folder / "config.json").read_text())
+        settings["vit"]["num_hidden_layers"] = 4
+        (folder / "config.json").write_text(json.dumps(settings))
+    elif kind == "left over":
+        save_file(load_file(weights) | {"surplus": torch.zeros(1)}, weights)
+
+
+@pytest.mark.parametrize("kind, reason", [("no config", "config.json: no such file"), ("no JSON", "config.json: not JSON"), ("truncated", "model.safetensors: damaged"),
+                                          ("pickle", "pytorch_model.bin is a pickle"), ("geometry", "layers.3"), ("left over", "surplus")])
+def test_bad_folders_are_named(kind, reason, tmp_path):
+    tower().save_pretrained(tmp_path)
+    spoil(tmp_path, kind)
+    with pytest.raises(ValueError) as caught:
+        Tower.from_pretrained(tmp_path)
+    assert reason in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+def test_wrong_settings_are_refused():
+    with pytest.raises(ValueError, match="select_feature is 'cls'"):
+        TowerConfig(select_feature="cls")
+    with pytest.raises(ValueError, match="10 tokens"):
+        TowerConfig(token_count=10)
+
+
+# layouts
+
+def test_layouts_by_hand():
+    assert image_layout("flat", (40, 20), (2, 2), (2, 1)) == list(range(12))
+    assert image_layout("flat", (40, 20), (2, 2), (2, 1), extra=1) == list(range(15))
+    assert image_layout("spatial", (40, 20), (2, 2), (2, 1)) == [0, 1, 2, 3, 4, 5, 8, 9, 6, 7, 10, 11]
+    assert image_layout("spatial_unpad", (40, 20), (2, 2), (2, 1)) == [0, 1, 2, 3, 4, 5, 8, 9, -2, 6, 7, 10, 11, -2]
+    assert image_layout("spatial_unpad", (40, 40), (2, 2), None) == [0, 1, 2, 3, -2]
+    assert image_layout("spatial", (40, 40), (2, 2), None) == [0, 1, 2, 3]
+    assert image_layout("unpad", (40, 20), (4, 4)) == [4, 5, 6, 7, -2, 8, 9, 10, 11, -2]
+    assert image_layout("unpad", (20, 40), (4, 4)) == [1, 2, -2, 5, 6, -2, 9, 10, -2, 13, 14, -2]
+
+
+def merged_by_tensors(features: torch.Tensor, newline: torch.Tensor, size: tuple[int, int], tiles: tuple[int, int], unpad: bool) -> torch.Tensor:
+    "The original's way on features [views, cells, channels]: move axes, crop, append."
+    side = round(features.shape[1] ** 0.5)
+    grid = features[1:].reshape(tiles[1], tiles[0], side, side, -1).permute(0, 2, 1, 3, 4).flatten(0, 1).flatten(1, 2)
+    if unpad:
+        height, width = grid.shape[:2]
+        if size[0] / size[1] > width / height:
+            cut = (height - int(size[1] * (width / size[0]))) // 2
+            grid = grid[cut:height - cut]
+        else:
+            cut = (width - int(size[0] * (height / size[1]))) // 2
+            grid = grid[:, cut:width - cut]
+        grid = torch.cat([grid, newline.expand(len(grid), 1, -1)], dim=1)
+    return torch.cat([features[0], grid.flatten(0, 1)])
+
+
+@pytest.mark.parametrize("kind", ["spatial", "spatial_unpad"])
+@pytest.mark.parametrize("size", [(30, 20), (100, 40), (41, 97), (640, 480), (7, 300), (1, 1)])
+@pytest.mark.parametrize("tiles", [(1, 1), (2, 2), (3, 1), (1, 3), (4, 2)])
+def test_layouts_give_what_moving_tensors_gives(kind, size, tiles):
+    features, newline = torch.randn(1 + tiles[0] * tiles[1], 9, 2), torch.randn(2)
+    table = torch.cat([features.flatten(0, 1), newline.expand(2, -1)])
+    layout = image_layout(kind, size, (3, 3), tiles)
+    assert torch.equal(table[layout], merged_by_tensors(features, newline, size, tiles, kind == "spatial_unpad"))
+
+
+def test_layouts_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match="class token"):
+        image_layout("spatial", (10, 10), (2, 2), (2, 1), extra=1)
+    with pytest.raises(ValueError, match="'flat', 'spatial'"):
+        image_layout("columns", (10, 10), (2, 2))
