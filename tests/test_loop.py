@@ -291,6 +291,7 @@ def test_bad_groups_are_named(tmp_path):
     ({"global_batch": 6, "micro_batch": 4}, "global_batch is 6, expected a multiple"),
     ({"schedule": "cosin"}, "schedule is 'cosin', expected one of cosine"),
     ({"max_steps": 0}, "max_steps is 0, expected at least 1"),
+    ({"learning_rate": 0.0}, "learning_rate is 0.0, expected more than 0"),
     ({"precision": "fp8"}, "precision is 'fp8'"),
 ])
 def test_bad_settings_are_named(change, message, tmp_path):

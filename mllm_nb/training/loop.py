@@ -258,12 +258,14 @@ def _at_least(config: TrainingConfig, name: str, least: float) -> None:
     if value is not None and value < least:
         raise ValueError(f"TrainingConfig.{name} is {value}, expected at least {least}")
 
-# %% ../../nbs/6_train/1_loop.ipynb #a0f09c78
+# %% ../../nbs/6_train/1_loop.ipynb #1d1f23c4
 def check_config(config: TrainingConfig) -> None:
     "Raise `ValueError` that names the field, what was found and what is expected."
     for name in ("max_steps", "epochs", "global_batch", "micro_batch", "world_size", "keep", "log_every"):
         _at_least(config, name, 1)
-    for name in ("learning_rate", "warmup_steps", "warmup_ratio", "weight_decay", "save_every"):
+    if not config.learning_rate > 0:
+        raise ValueError(f"TrainingConfig.learning_rate is {config.learning_rate}, expected more than 0")
+    for name in ("warmup_steps", "warmup_ratio", "weight_decay", "save_every"):
         _at_least(config, name, 0)
     for name, known in {"schedule": SCHEDULES, "decay": ("all", "without_norms_and_biases"),
                         "precision": ("auto", "fp32", "bf16", "fp16")}.items():
