@@ -167,7 +167,7 @@ ENERGY = (
         "6. Sustainability: Renewable energy sources are more sustainable over the long term, while non-"
         "renewable sources are not, and their depletion can lead to economic and social instability.\n")))
 
-# %% ../../nbs/2_read/2_chat.ipynb #dfefd6d6
+# %% ../../nbs/2_read/2_chat.ipynb #665c8d6f
 def llava_templates() -> dict[str, Template]:
     "The templates of LLaVA and LLaVA-1.5 under the names of `llava/conversation.py`."
     user, human = ((CURIOUS + POLITE).format(name) for name in ("user", "human"))
@@ -187,6 +187,9 @@ def llava_templates() -> dict[str, Template]:
 
 
 TEMPLATES: dict[str, Template] = llava_templates()
+# the book's miniatures: one token a role, since on a CPU every token counts
+TEMPLATES["miniature"] = Template(question=("<|user|>", ""), answer=("<|assistant|>", "", "</s>"), stop="</s>",
+                                  special_tokens=("<|user|>", "<|assistant|>", "</s>"))
 
 # %% ../../nbs/2_read/2_chat.ipynb #db79617e
 def header(role: str, after: str = "") -> str:

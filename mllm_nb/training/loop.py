@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'NORM_OR_BIAS', 'NORMS', 'Schedule', 'learning_rate_at', 'DataError', 'batch_loss', 'loss_and_count',
            'accumulate', 'divide_by_tokens', 'clip_gradients', 'ParameterGroup', 'prepared', 'undecayed',
-           'TrainingConfig', 'check_config', 'accumulation', 'run_schedule', 'parameter_groups', 'build_optimizer',
-           'set_learning_rate', 'DataOrder', 'record_names', 'place', 'LossError', 'check_facts', 'Run', 'train_step',
-           'update', 'log_row', 'plan_for', 'precision_name', 'count_steps', 'start_run', 'save_run', 'restore_run',
-           'read_metrics', 'MetricsLog', 'Interrupted', 'stop_signals', 'progress_bar', 'show_progress', 'History',
-           'train']
+           'TrainingConfig', 'check_config', 'accumulation', 'run_schedule', 'parameter_groups', 'build_adamw',
+           'MuonAndAdamW', 'build_optimizer', 'set_learning_rate', 'DataOrder', 'record_names', 'place', 'LossError',
+           'check_facts', 'Run', 'train_step', 'update', 'log_row', 'plan_for', 'precision_name', 'count_steps',
+           'start_run', 'save_run', 'restore_run', 'read_metrics', 'MetricsLog', 'Interrupted', 'stop_signals',
+           'progress_bar', 'show_progress', 'History', 'train']
 
 # %% ../../nbs/6_train/1_loop.ipynb #816298a1
 import json
@@ -237,6 +237,7 @@ class TrainingConfig:
     epsilon: float = 1e-8
     weight_decay: float = 0.0
     decay: str = "without_norms_and_biases"   # or "all": every tensor
+    optimizer: str = "adamw"               # or "muon": matrices inside layers by Muon, all else by AdamW
     precision: str = "auto"                # "auto": what the device plan says; "fp32", "bf16", "fp16"
     device: str | None = None              # None: the best device of this machine
     seed: int = 0
@@ -268,7 +269,7 @@ def check_config(config: TrainingConfig) -> None:
     for name in ("warmup_steps", "warmup_ratio", "weight_decay", "save_every"):
         _at_least(config, name, 0)
     for name, known in {"schedule": SCHEDULES, "decay": ("all", "without_norms_and_biases"),
-                        "precision": ("auto", "fp32", "bf16", "fp16")}.items():
+                        "precision": ("auto", "fp32", "bf16", "fp16"), "optimizer": ("adamw", "muon")}.items():
         if getattr(config, name) not in known:
             raise ValueError(f"TrainingConfig.{name} is {getattr(config, name)!r}, expected one of {', '.join(known)}")
     if config.global_batch % (config.micro_batch * config.world_size):
@@ -306,12 +307,42 @@ def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str,
     return [entry | {"label": pattern, "peak": peak, "lr": peak, "weight_decay": decay}
             for (pattern, peak, decay), entry in groups.items()]
 
-# %% ../../nbs/6_train/1_loop.ipynb #54da96de
-def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
-    "AdamW (decoupled decay, Loshchilov & Hutter 2019) over the trainable parameters."
-    groups = parameter_groups(model, config)
+# %% ../../nbs/6_train/1_loop.ipynb #6a409e2c
+def build_adamw(groups: list[dict[str, Any]], config: TrainingConfig) -> torch.optim.AdamW:
+    "AdamW (decoupled decay, Loshchilov & Hutter 2019) over parameter groups."
     fused = all(parameter.device.type in ("cpu", "cuda") for group in groups for parameter in group["params"])
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.epsilon, fused=fused)
+
+
+class MuonAndAdamW:
+    "Two optimizers that step as one and share their groups and memory. Source: Jordan 2024; the scale of Liu 2025 (arXiv 2502.16982)."
+    def __init__(self, muon: torch.optim.Optimizer, adamw: torch.optim.Optimizer):
+        self.parts = (muon, adamw)
+        self.param_groups = muon.param_groups + adamw.param_groups
+        self.state = muon.state = adamw.state
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+
+def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW | MuonAndAdamW:
+    "The optimizer of a run: AdamW, or with `optimizer='muon'` Muon for matrices inside layers and AdamW for all else."
+    groups = parameter_groups(model, config)
+    if config.optimizer == "adamw":
+        return build_adamw(groups, config)
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    def matrix(parameter) -> bool: return parameter.ndim == 2 and id(parameter) not in tables
+    split = {kind: [group | {"params": chosen} for group in groups
+                    if (chosen := [parameter for parameter in group["params"] if matrix(parameter) == kind])] for kind in (True, False)}
+    if not split[True] or not split[False]:
+        raise ValueError("TrainingConfig.optimizer 'muon' needs matrices and other parameters to train; use 'adamw' here")
+    muon = torch.optim.Muon(split[True], lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
+    return MuonAndAdamW(muon, build_adamw(split[False], config))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float, peak: float) -> dict[str, float]:
