@@ -299,7 +299,7 @@ class Records:
     """A LLaVA-format file, JSON array or JSONL, as a lazy sequence of `Sample`s.
 
     Opening it scans once for the byte range of each record; `records[i]` then reads only those bytes, and any number
-    of processes may share the file. Images are looked up in `image_folder` (default: the file's folder), never outside.
+    of processes may share the file. Images are looked up in `image_folder`, by default the file's, and never outside.
     Raises RecordError where a record cannot be used; `check_records` lists all of those beforehand.
     """
     def __init__(self, path: str | Path, image_folder: str | Path | None = None, *,
@@ -410,11 +410,11 @@ class Report:
 IMAGE_CHECKS = ("none", "exists", "open", "decode")
 ENDINGS = {"JPEG": b"\xff\xd9", "PNG": b"IEND", "GIF": b";"}      # how a whole file of this format ends
 
-# %% ../../nbs/5_data/2_records.ipynb #3800e9c6
+# %% ../../nbs/5_data/2_records.ipynb #adab03fd
 def check_image(path: Path, depth: str) -> str | None:
     """What is wrong with this image file, or None.
 
-    'exists' looks it up; 'open' reads header and ending, and decodes where they leave doubt; 'decode' reads all of it.
+    'exists' looks it up; 'open' reads header and ending, and decodes where they leave doubt; 'decode' reads all.
     """
     if not path.is_file(): return "not a file" if path.exists() else "no such file"
     try:
@@ -448,13 +448,13 @@ def turned_size(image: Image.Image) -> tuple[int, int]:
     "Width and height once the EXIF orientation is applied; 5 to 8 swap the sides."
     return image.size[::-1] if image.getexif().get(0x0112, 1) >= 5 else image.size
 
-# %% ../../nbs/5_data/2_records.ipynb #ecafd791
+# %% ../../nbs/5_data/2_records.ipynb #ca5b17aa
 def check_records(records: Records, images: str = "open", limit: int | None = None,
                   progress: Callable[[Iterable], Iterable] = iter) -> Report:
     """Go through a whole file and list every problem, so that training never meets one.
 
     `images`: how deep to look at image files: none, exists, open (read the header) or decode (read every pixel).
-    An id that appears twice is a warning: published mixtures use the image's name as id. `limit`: the first records only.
+    An id that comes twice is a warning: published mixtures use the image's name as id. `limit`: the first records only.
     """
     if images not in IMAGE_CHECKS: raise ValueError(f"images={images!r}, expected one of {IMAGE_CHECKS}")
     problems, first_use, state = [], {}, {}
