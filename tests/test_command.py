@@ -1,0 +1,86 @@
+"The command line: quick to start, right exit statuses, one clear line for an error."
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mllm_nb import __version__, command
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.mark.parametrize("code", ["import mllm_nb", "import mllm_nb.command as c; c.build_parser().format_help()"])
+def test_nothing_heavy_is_imported(code):
+    heavy = "{'torch', 'numpy', 'transformers', 'matplotlib', 'ipywidgets', 'PIL', 'jaxtyping'}"
+    assert python(f"{code}; import sys; print(sorted({heavy} & set(sys.modules)))") == "[]"
+
+
+def test_help_and_version(capsys):
+    for option, expected in (("--help", "doctor"), ("--version", __version__)):
+        with pytest.raises(SystemExit) as stop:
+            command.main([option])
+        assert stop.value.code == 0 and expected in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [[], ["no-such-command"], ["data"], ["parity"]])
+def test_wrong_use_is_status_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command.main(arguments)
+    assert stop.value.code == 2 and "usage" in capsys.readouterr().err
+
+
+def test_every_subcommand_has_help(capsys):
+    for one in command.COMMANDS:
+        with pytest.raises(SystemExit):
+            command.main([one.name, "--help"])
+        assert one.name in capsys.readouterr().out
+
+
+def test_parity(capsys):
+    assert command.main(["parity", str(GOLDEN), "--system", "llava", "--kind", "manifest"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "2 passed, 0 failed, 0 unsupported"
+    assert command.main(["parity", "no-such-folder"]) == 2
+
+
+def test_data_check(tmp_path, capsys):
+    good = {"id": "1", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
+    file = tmp_path / "records.jsonl"
+    file.write_text(json.dumps(good) + "\n")
+    assert command.main(["data", "check", str(file)]) == 0
+    file.write_text(json.dumps(good) + "\n" + json.dumps({"id": "2", "image": "missing.png", "conversations": []}) + "\n")
+    assert command.main(["data", "check", str(file)]) == 1
+    assert "missing.png" in capsys.readouterr().out
+    assert command.main(["data", "check", str(tmp_path / "nothing.jsonl")]) == 2
+    error = capsys.readouterr().err
+    assert "nothing.jsonl" in error and "Traceback" not in error
+
+
+def test_convert(tmp_path, capsys):
+    torch.save({"model.mm_projector.weight": torch.ones(2, 2)}, tmp_path / "mm_projector.bin")
+    assert command.main(["convert", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "mm_projector.safetensors")
+    assert command.main(["convert", str(tmp_path / "mm_projector.safetensors").replace("mm_projector.safetensors", "empty")]) != 0
+
+
+def test_doctor(capsys):
+    assert command.main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    for expected in ("mllm_nb", "torch", "device", "memory", *(f"extra {extra}" for extra in command.EXTRAS)):
+        assert expected in text
+
+
+def test_errors_are_one_line_and_debug_raises(monkeypatch, capsys):
+    def fail(arguments): raise ValueError("a reason")
+    broken = command.Command("broken", "fails", lambda parser: None, fail)
+    monkeypatch.setattr(command, "COMMANDS", (broken,))
+    assert command.main(["broken"]) == 2
+    assert capsys.readouterr().err == "mllm broken: a reason\n"
+    with pytest.raises(ValueError, match="a reason"):
+        command.main(["--debug", "broken"])
