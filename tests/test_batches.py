@@ -303,6 +303,26 @@ def test_packed_and_alone_give_the_same_loss_and_gradient():
     assert (packed_loss(decoder, collate(rows, 250), segments=False) - losses[0]).abs() > 1e-3
 
 
+def test_packed_and_alone_agree_through_the_whole_model():
+    from mllm_nb.language.decoder import DecoderConfig
+    from mllm_nb.mllm import MLLM, MLLMConfig
+    from mllm_nb.vision.towers import TowerConfig
+    from mllm_nb.vision.vit import ViTConfig
+    torch.manual_seed(0)
+    eye = ViTConfig(image_size=8, patch_size=4, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
+    reader = DecoderConfig(vocab_size=len(TOKENIZER), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    model = MLLM(MLLMConfig(reader, (TowerConfig("tiny", eye, SMALL),))).eval()
+    examples = [PROCESSOR(s) for s in samples(9)]
+    rows = [[examples[i] for i in row] for row in pack([len(e) for e in examples], 130)]
+    batch = collate(rows, 130, views=16)
+    packed = model(**batch.model_inputs(), logits=True).logits
+    places = {e.id: packed[r][batch.segments[r] == k] for r, row in enumerate(rows) for k, e in enumerate(row, 1)}
+    for example in examples:
+        alone = model(**collate([[example]], len(example)).model_inputs(), logits=True).logits[0]
+        torch.testing.assert_close(places[example.id], alone, rtol=0, atol=2e-5)
+    assert len(rows) < 9 and model(**batch.model_inputs()).loss.isfinite()
+
+
 # ---- order
 
 def sizes(count=500, seed=0):
