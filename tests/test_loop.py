@@ -280,6 +280,20 @@ def test_a_group_can_train_what_the_model_froze(tmp_path):
     assert not same(before, weights(model.tower)) and not model.tower[0].weight.requires_grad
 
 
+def test_muon_takes_matrices_and_adamw_the_rest_and_both_resume(tmp_path):
+    config = replace(QUIET, optimizer="muon", save_every=5, weight_decay=0.1)
+    optimizer = loop.build_optimizer(Words(), config)
+    names = [[name for group in part.param_groups for name in group["names"]] for part in optimizer.parts]
+    assert names[0] == ["head.weight"] and set(names[1]) == {"embed.weight", "norm.weight", "norm.bias", "head.bias"}
+    whole = train(Words(0.1), make_batches(), config, tmp_path / "whole")
+    with pytest.raises(RuntimeError):
+        train(Words(0.1), make_batches(), config, tmp_path / "killed", on_step=fail_at(8))
+    again = train(Words(0.1), make_batches(), config, tmp_path / "killed")
+    assert again.losses == whole.losses and again.losses[-1] < again.losses[0]
+    with pytest.raises(ValueError, match="'muon' needs matrices and other parameters"):
+        loop.build_optimizer(nn.Linear(2, 2, bias=False), config)
+
+
 def test_bad_groups_are_named(tmp_path):
     with pytest.raises(ValueError, match="'tower.*' matches none of the 5 parameters"):
         train(Words(), make_batches(), replace(QUIET, groups=(ParameterGroup("tower.*"),)), tmp_path)

@@ -6,7 +6,7 @@
 __all__ = ['SCHEDULES', 'NORM_OR_BIAS', 'NORMS', 'Schedule', 'learning_rate_at', 'DataError', 'batch_loss', 'loss_and_count',
            'accumulate', 'divide_by_tokens', 'clip_gradients', 'ParameterGroup', 'prepared', 'undecayed',
            'TrainingConfig', 'check_config', 'accumulation', 'run_schedule', 'parameter_groups', 'build_adamw',
-           'MuonAndAdamW', 'build_optimizer', 'set_learning_rate', 'DataOrder', 'record_names', 'place', 'LossError',
+           'set_learning_rate', 'MuonAndAdamW', 'build_optimizer', 'DataOrder', 'record_names', 'place', 'LossError',
            'check_facts', 'Run', 'train_step', 'update', 'log_row', 'plan_for', 'precision_name', 'count_steps',
            'start_run', 'save_run', 'restore_run', 'read_metrics', 'MetricsLog', 'Interrupted', 'stop_signals',
            'progress_bar', 'show_progress', 'History', 'train']
@@ -314,8 +314,16 @@ def build_adamw(groups: list[dict[str, Any]], config: TrainingConfig) -> torch.o
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.epsilon, fused=fused)
 
 
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float, peak: float) -> dict[str, float]:
+    "Give each group `rate`, scaled as its own peak is to the run's; returns the rate by label."
+    for group in optimizer.param_groups:
+        group["lr"] = rate if group["peak"] == peak else rate * group["peak"] / peak
+    return {group["label"]: group["lr"] for group in optimizer.param_groups}
+
+# %% ../../nbs/6_train/1_loop.ipynb #ce233bac
 class MuonAndAdamW:
-    "Two optimizers that step as one and share their groups and memory. Source: Jordan 2024; the scale of Liu 2025 (arXiv 2502.16982)."
+    "Two optimizers that step as one and share groups and memory. Source: Jordan 2024; Liu 2025 (arXiv 2502.16982)."
+
     def __init__(self, muon: torch.optim.Optimizer, adamw: torch.optim.Optimizer):
         self.parts = (muon, adamw)
         self.param_groups = muon.param_groups + adamw.param_groups
@@ -329,27 +337,30 @@ class MuonAndAdamW:
         for part in self.parts:
             part.zero_grad(set_to_none)
 
+# %% ../../nbs/6_train/1_loop.ipynb #59b081d5
+def _chosen(groups: list[dict[str, Any]], keep: Callable[[nn.Parameter], bool]) -> list[dict[str, Any]]:
+    "The same groups with only the parameters that `keep` takes; groups without any are left out."
+    found = []
+    for group in groups:
+        pairs = [(parameter, name) for parameter, name in zip(group["params"], group["names"]) if keep(parameter)]
+        if pairs:
+            found.append(group | {"params": [pair[0] for pair in pairs], "names": [pair[1] for pair in pairs]})
+    return found
 
+# %% ../../nbs/6_train/1_loop.ipynb #8cd5fc3b
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW | MuonAndAdamW:
     "The optimizer of a run: AdamW, or with `optimizer='muon'` Muon for matrices inside layers and AdamW for all else."
     groups = parameter_groups(model, config)
     if config.optimizer == "adamw":
         return build_adamw(groups, config)
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    def matrix(parameter) -> bool: return parameter.ndim == 2 and id(parameter) not in tables
-    split = {kind: [group | {"params": chosen} for group in groups
-                    if (chosen := [parameter for parameter in group["params"] if matrix(parameter) == kind])] for kind in (True, False)}
-    if not split[True] or not split[False]:
-        raise ValueError("TrainingConfig.optimizer 'muon' needs matrices and other parameters to train; use 'adamw' here")
-    muon = torch.optim.Muon(split[True], lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
-    return MuonAndAdamW(muon, build_adamw(split[False], config))
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float, peak: float) -> dict[str, float]:
-    "Give each group `rate`, scaled as its own peak is to the run's; returns the rate by label."
-    for group in optimizer.param_groups:
-        group["lr"] = rate if group["peak"] == peak else rate * group["peak"] / peak
-    return {group["label"]: group["lr"] for group in optimizer.param_groups}
+    matrices = _chosen(groups, lambda parameter: parameter.ndim == 2 and id(parameter) not in tables)
+    others = _chosen(groups, lambda parameter: parameter.ndim != 2 or id(parameter) in tables)
+    if not matrices or not others:
+        raise ValueError("TrainingConfig.optimizer 'muon' needs matrices and other parameters to train; use 'adamw'")
+    muon = torch.optim.Muon(matrices, lr=config.learning_rate, weight_decay=config.weight_decay,
+                            adjust_lr_fn="match_rms_adamw")
+    return MuonAndAdamW(muon, build_adamw(others, config))
 
 # %% ../../nbs/6_train/1_loop.ipynb #751edee5
 class DataOrder:
