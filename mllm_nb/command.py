@@ -26,19 +26,22 @@ class Command:
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
 
-# %% ../nbs/appendix/command.ipynb #17f99806
+# %% ../nbs/appendix/command.ipynb #5e81bc48
 def parity_arguments(parser: argparse.ArgumentParser) -> None:
+    "DIR and what narrows it."
     parser.add_argument("folder", metavar="DIR", help="a folder of golden data with its index.json")
     parser.add_argument("--system", help="only the cases of one system: llava, cambrian, mini_gemini, eve, lvm")
     parser.add_argument("--kind", help="only the cases of one kind: parity, prompts, sentences, manifest")
 
 
 def run_parity(arguments: argparse.Namespace) -> int:
+    "The exit status of the runner."
     from mllm_nb.parity import run_parity
     return run_parity(arguments.folder, arguments.system, arguments.kind)
 
-# %% ../nbs/appendix/command.ipynb #14d4b375
+# %% ../nbs/appendix/command.ipynb #b4db1d3a
 def data_arguments(parser: argparse.ArgumentParser) -> None:
+    "The action `check` and its options."
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     check = actions.add_parser("check", help="list every bad record and missing image of a LLaVA-format file")
     check.add_argument("file", help="records as JSON or JSONL")
@@ -50,17 +53,20 @@ def data_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_data(arguments: argparse.Namespace) -> int:
+    "0 if every record can be trained on."
     from mllm_nb.data.records import Records, check_records
     report = check_records(Records(arguments.file, arguments.images), arguments.depth, arguments.limit)
     report.print(None if arguments.all else 10)
     return 0 if report.ok else 1
 
-# %% ../nbs/appendix/command.ipynb #2fb4d67d
+# %% ../nbs/appendix/command.ipynb #dc6a36d8
 def convert_arguments(parser: argparse.ArgumentParser) -> None:
+    "FOLDER."
     parser.add_argument("folder", help="a model folder, or one .bin file, whose source you trust")
 
 
 def run_convert(arguments: argparse.Namespace) -> int:
+    "Convert, and print the new files."
     from mllm_nb.papers.llava import convert_folder, convert_pickle
     path = Path(arguments.folder)
     written = convert_folder(path) if path.is_dir() else [convert_pickle(path)]
@@ -112,12 +118,14 @@ def extra_line(extra: str) -> str:
     state = f"adds {', '.join(missing)}: pip install 'mllm_nb[{extra}]'" if missing else "installed"
     return f"extra {extra:7} {EXTRAS[extra]}: {state}"
 
-# %% ../nbs/appendix/command.ipynb #9b1f5bb0
+# %% ../nbs/appendix/command.ipynb #6b7c6a59
 def doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    "Only versions, if asked for."
     parser.add_argument("--no-device", action="store_true", help="versions only, without loading PyTorch")
 
 
 def run_doctor(arguments: argparse.Namespace) -> int:
+    "Print what a bug report needs; 1 if something necessary is missing."
     print(f"mllm_nb       {installed('mllm_nb') or 'not installed'}")
     print(f"python        {platform.python_version()} on {platform.system()} {platform.machine()}")
     for name in NEEDED:
@@ -129,7 +137,7 @@ def run_doctor(arguments: argparse.Namespace) -> int:
     print("\n".join(map(extra_line, EXTRAS)))
     return 0 if all(installed(name) for name in NEEDED) else 1
 
-# %% ../nbs/appendix/command.ipynb #b941fa68
+# %% ../nbs/appendix/command.ipynb #b72921a4
 COMMANDS: tuple[Command, ...] = (
     Command("data", "look after data files", data_arguments, run_data),
     Command("parity", "compare with what the originals computed", parity_arguments, run_parity),
