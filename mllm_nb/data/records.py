@@ -9,10 +9,10 @@ __all__ = ['ImageSource', 'ROLES', 'SURROGATE', 'TEXT_ONLY', 'IMAGE_CHECKS', 'EN
            'problem_of', 'Report', 'check_image', 'in_doubt', 'upright_size', 'turned_size', 'check_records',
            'show_report', 'write_records']
 
-# %% ../../nbs/5_data/2_records.ipynb #e531188d
+# %% ../../nbs/5_data/2_records.ipynb #c67fcb99
 import io, itertools, json, mmap, os, re, warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
