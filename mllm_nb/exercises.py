@@ -110,11 +110,12 @@ def statement_stub(node: ast.stmt, lines: list[str]) -> str:
     if isinstance(node, ast.ClassDef):
         parts = [function_stub(part, lines) if isinstance(part, ast.FunctionDef)
                  else "\n".join(lines[part.lineno - 1:part.end_lineno]) for part in node.body]
-        head = "\n".join(lines[min([node.lineno, *[d.lineno for d in node.decorator_list]]) - 1:node.body[0].lineno - 1])
-        return head + "\n" + "\n".join(parts)
+        start = min([node.lineno, *[decorator.lineno for decorator in node.decorator_list]])
+        return "\n".join([*lines[start - 1:node.body[0].lineno - 1], *parts])
     if isinstance(node, ast.Assign):
         return f"{ast.unparse(node.targets[0])} = {TURN}"
-    raise ExerciseError(f"line {node.lineno} of a solution: expected a def, class, import or assignment, found {text!r}")
+    raise ExerciseError(f"line {node.lineno} of a solution: expected a def, class, import or assignment, "
+                        f"found {text!r}")
 
 # %% ../nbs/appendix/exercises.ipynb #5f73079a
 def stub_of(solution: str) -> str:

@@ -33,8 +33,8 @@ STYLE = {
     "font.size": 10, "axes.titlesize": 11, "axes.labelsize": 10, "legend.fontsize": 9, "xtick.labelsize": 9,
     "ytick.labelsize": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY,
     "figure.dpi": 90, "figure.facecolor": "white", "savefig.facecolor": "white", "legend.frameon": False,
-    "image.interpolation": "nearest", "image.cmap": "viridis", "axes.titlelocation": "left", "font.family": "DejaVu Sans",
-    "axes.axisbelow": True, "grid.color": PALE, "svg.hashsalt": "mllm_nb",
+    "image.interpolation": "nearest", "image.cmap": "viridis", "axes.titlelocation": "left",
+    "font.family": "DejaVu Sans", "axes.axisbelow": True, "grid.color": PALE, "svg.hashsalt": "mllm_nb",
 }
 
 # %% ../nbs/appendix/plots.ipynb #02fe755c
@@ -98,7 +98,8 @@ def show_images(pictures: Sequence[Any], captions: Sequence[str] = (), columns: 
     tall = sum(max(shape[0] / shape[1] for shape in shapes[row * columns:][:columns]) for row in range(rows))
     lines = max([1 + caption.count("\n") for caption in captions], default=0)
     width = min(columns * size, 7.5)
-    figure, axes = canvas(width, tall * width / columns + rows * lines * 0.18 + (0.35 if title else 0.1), rows, columns)
+    height = tall * width / columns + rows * lines * 0.18 + (0.35 if title else 0.1)
+    figure, axes = canvas(width, height, rows, columns)
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, picture, caption in zip(axes.flat, pictures, list(captions) + [""] * len(pictures)):
@@ -166,7 +167,8 @@ def show_patches(picture: Any, patch: int, highlight: Sequence[int] = (), rows: 
     grid_on(axes[0, 0], picture, patch, highlight, numbers=len(matrix) <= 100)
     axis = axes[0, 1]
     axis.imshow(matrix, aspect="auto", cmap="cividis")
-    axis.set(title=f"token matrix: {matrix.shape[0]} tokens × {matrix.shape[1]} numbers", xlabel="numbers", ylabel="token")
+    axis.set(title=f"token matrix: {matrix.shape[0]} tokens × {matrix.shape[1]} numbers",
+             xlabel="numbers", ylabel="token")
     for index in highlight:
         outline(axis, 0, index, matrix.shape[1], 1)
     return figure
@@ -253,7 +255,8 @@ def show_strip(tokens: Sequence[str], roles: Sequence[str], title: str = "", per
     for index, (token, role) in enumerate(zip(tokens, roles)):
         x, y = index % per_row, index // per_row
         axis.add_patch(Rectangle((x + 0.03, y + 0.06), 0.94, 0.88, facecolor=colors[role], alpha=0.55, edgecolor=GREY))
-        axis.text(x + 0.5, y + 0.5, token, ha="center", va="center", fontsize=min(10, 850 / per_row / max(4, len(token))))
+        axis.text(x + 0.5, y + 0.5, token, ha="center", va="center",
+                  fontsize=min(10, 850 / per_row / max(4, len(token))))
     axis.set(xlim=(0, per_row), ylim=(rows, 0), title=title)
     axis.set_axis_off()
     figure.legend(handles=[Rectangle((0, 0), 1, 1, facecolor=colors[name], alpha=0.55, edgecolor=GREY, label=name)
@@ -272,7 +275,8 @@ def show_flow(steps: Sequence[tuple[str, str]], title: str = "", marked: Sequenc
                   bbox={"boxstyle": "round,pad=0.5", "facecolor": color, "alpha": 0.45, "edgecolor": GREY})
         axis.text(index, -0.62, note, ha="center", va="center", fontsize=9)
         if index:
-            axis.annotate("", (index - 0.36, 0.16), (index - 0.64, 0.16), arrowprops={"arrowstyle": "-|>", "color": BLACK})
+            axis.annotate("", (index - 0.36, 0.16), (index - 0.64, 0.16),
+                          arrowprops={"arrowstyle": "-|>", "color": BLACK})
     axis.set(xlim=(-0.6, len(steps) - 0.4), ylim=(-1, 0.6), title=title)
     axis.set_axis_off()
     return figure
@@ -291,7 +295,8 @@ def show_lines(x: Sequence[float], lines: Mapping[str, Sequence[float]], xlabel:
             axis.fill_between(x, *bands[name], color=color, alpha=0.15, linewidth=0)
     if mark is not None:
         axis.axvline(mark, color=GREY, linestyle="--", linewidth=1)
-    axis.set(xlabel=xlabel, ylabel=ylabel, title=title, xscale="log" if logx else "linear", yscale="log" if logy else "linear")
+    axis.set(xlabel=xlabel, ylabel=ylabel, title=title,
+             xscale="log" if logx else "linear", yscale="log" if logy else "linear")
     axis.grid(True)
     axis.legend()
     return figure
@@ -355,7 +360,7 @@ def accuracy_bars(results: Mapping[str, Mapping[str, Any]], chance: Mapping[str,
             axis.errorbar(x, means, [means - lows, highs - means], fmt="none", ecolor=BLACK, capsize=3, linewidth=1)
     for levels, style, label in ((chance, ":", "chance"), (text_only, "--", "text only")):
         known = [index for index, category in enumerate(categories) if category in (levels or {})]
-        axis.hlines([levels[categories[index]] for index in known], [i - 0.42 for i in known], [i + 0.42 for i in known],
+        axis.hlines([levels[categories[index]] for index in known], np.array(known) - 0.42, np.array(known) + 0.42,
                     colors=BLACK, linestyles=style, label=label if known else None)
     axis.set_xticks(range(len(categories)), categories, rotation=20 if len(categories) > 6 else 0)
     axis.set(ylim=(0, 1), ylabel=ylabel, title=title)
@@ -367,8 +372,10 @@ def accuracy_bars(results: Mapping[str, Mapping[str, Any]], chance: Mapping[str,
 def show_heat(pictures: Sequence[Any], grids: Sequence[Any], captions: Sequence[str] = (), alpha: float = 0.6,
               size: float = 2.4, shared: bool = False) -> "Figure":
     "Grids [rows, columns] of values over their pictures; `shared` gives all of them one colour range."
-    grids = [np.asarray(grid.detach().cpu().float() if hasattr(grid, "detach") else grid, dtype=float) for grid in grids]
-    low, high = (min(grid.min() for grid in grids), max(grid.max() for grid in grids)) if shared else (None, None)
+    grids = [np.asarray(grid.detach().cpu().float() if hasattr(grid, "detach") else grid, dtype=float)
+             for grid in grids]
+    low = min(grid.min() for grid in grids) if shared else None
+    high = max(grid.max() for grid in grids) if shared else None
     columns = min(len(grids), max(1, int(7.5 / size)))
     rows = math.ceil(len(grids) / columns)
     figure, axes = canvas(min(7.5, columns * size), rows * (size + 0.25), rows, columns)

@@ -53,12 +53,13 @@ def data_address(content: bytes, kind: str) -> str:
     "Bytes as a `data:` address, which needs no file beside the page."
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
-# %% ../nbs/appendix/widgets.ipynb #cb02109f
+# %% ../nbs/appendix/widgets.ipynb #4bc5712c
 @dataclass(frozen=True)
 class Widget:
-    """Something to move: a JSON payload for `draw[payload["kind"]]` of widgets.js, and a PNG where scripts are stripped.
+    """Something to move: a JSON payload for `draw[kind]` of widgets.js, and a PNG where scripts are stripped.
 
-    Show it as the last value of a cell, `save` it as a page of its own, or call `live` to hear in Python what was chosen.
+    Show it as the last value of a cell, `save` it as a page of its own, or call `live` to hear in Python what was
+    chosen. `value` is what is chosen at the start.
     """
     payload: dict[str, Any]
     picture: bytes
@@ -77,14 +78,16 @@ class Widget:
                 f'src="{data_address(self.picture, "image/png")}"></div>\n'
                 f'<script>(() => {{\n{script()}\nmllmWidgets.start("{self.identifier}", {payload});\n}})();</script>')
         if len(text.encode()) > LIMIT:
-            raise WidgetTooLarge(f"{self.payload['kind']} '{self.payload['title']}': {len(text.encode())} bytes, at most "
-                                 f"{LIMIT} (payload {len(payload)}, picture {len(self.picture)}); use a smaller input")
+            raise WidgetTooLarge(f"{self.payload['kind']} '{self.payload['title']}': {len(text.encode())} bytes, "
+                                 f"at most {LIMIT} (payload {len(payload)}, picture {len(self.picture)}); "
+                                 "use a smaller input")
         return text
 
     def save(self, path: str | Path) -> Path:
         "Write a page that opens from a file, and return its path."
-        head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(self.payload["title"])}</title>'
-        Path(path).write_text(f"{head}<body>{self.html()}</body></html>", encoding="utf-8")
+        title = f"<title>{html.escape(self.payload['title'])}</title>"
+        Path(path).write_text(f'<!doctype html><html lang="en"><meta charset="utf-8">{title}'
+                              f"<body>{self.html()}</body></html>", encoding="utf-8")
         return Path(path)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
@@ -123,7 +126,7 @@ def reduced_rows(rows: np.ndarray, columns: int) -> np.ndarray:
 
 def square_of(picture: Any, side: int) -> Image.Image:
     "The middle square of a picture, `side` pixels wide, RGB."
-    pixels = (array_of(picture)[..., :3] * 255).round().astype(np.uint8)
+    pixels = (array_of(picture) * 255).round().astype(np.uint8)
     image = Image.fromarray(pixels).convert("RGB")
     short = min(image.size)
     left, top = (image.width - short) // 2, (image.height - short) // 2
@@ -148,8 +151,8 @@ def patch_grid_explorer(picture: Any, sizes: Sequence[int] = (32, 16, 14, 8), si
                         title: str = "An image as tokens") -> Widget:
     """Point at a patch and see its row of the token matrix, or the other way round, for several patch sizes.
 
-    `picture`: a PIL image, array or tensor; its middle square is scaled to `side` pixels, which every size must divide.
-    The value in a live notebook: {"patch_size", "patch", "row", "column"}. Raises ValueError for a size that does not fit.
+    `picture`: a PIL image, array or tensor; its middle square is scaled to `side` pixels, which every size must
+    divide, else ValueError. The value in a live notebook: {"patch_size", "patch", "row", "column"}.
     """
     unfit = [patch for patch in sizes if patch < 1 or side % patch]
     if unfit or not sizes:
@@ -192,11 +195,13 @@ def same_length(count: int, **parts: Sequence | None) -> None:
         if part is not None and len(part) != count:
             raise ValueError(f"token_role_strip: {count} tokens but {len(part)} {name}")
 
-# %% ../nbs/appendix/widgets.ipynb #f6994812
-def token_strip_payload(tokens: Sequence[str], roles: Sequence[str], ids: Sequence[int] | None, labels: Sequence[int] | None,
-                        segments: Sequence[int], mask: np.ndarray, title: str) -> dict[str, Any]:
+# %% ../nbs/appendix/widgets.ipynb #b9470320
+def token_strip_payload(tokens: Sequence[str], roles: Sequence[str], ids: Sequence[int] | None,
+                        labels: Sequence[int] | None, segments: Sequence[int], mask: np.ndarray,
+                        title: str) -> dict[str, Any]:
     "What the strip needs: each token's facts, the counts per role, and for each token which ones it may look at."
-    learned = [None if labels is None or label == IGNORED else int(label) for label in labels or [IGNORED] * len(tokens)]
+    labels = [IGNORED] * len(tokens) if labels is None else labels
+    learned = [None if label == IGNORED else int(label) for label in labels]
     listed = [{"text": str(text), "role": role, "id": None if ids is None else int(ids[i]), "label": learned[i],
                "segment": int(segments[i]), "position": place}
               for i, (text, role, place) in enumerate(zip(tokens, roles, positions_in(segments)))]
@@ -210,9 +215,10 @@ def token_role_strip(tokens: Sequence[str], roles: Sequence[str], ids: Sequence[
                      title: str = "Tokens and their roles") -> Widget:
     """A row of tokens coloured by role; choosing one shows its id, its label and the tokens it may look at.
 
-    `roles`: "image", "prompt", "answer" or "padding" for each token. `labels`: −100 where nothing is learned. `segments`:
-    the sample of each token, 0 for padding (left out: one sample). `mask`: Bool [query, key]; left out, causal within the
-    sample. The value in a live notebook: {"token", "role"}. Raises ValueError for lists of different lengths.
+    `roles`: "image", "prompt", "answer" or "padding" for each token. `labels`: −100 where nothing is learned.
+    `segments`: the sample of each token, 0 for padding (left out: one sample). `mask`: Bool [query, key]; left out,
+    causal within the sample. The value in a live notebook: {"token", "role"}. Raises ValueError for lists of
+    different lengths.
     """
     segments = [0 if role == "padding" else 1 for role in roles] if segments is None else list(segments)
     mask = sample_mask(segments) if mask is None else np.asarray(mask, dtype=bool)
@@ -235,5 +241,6 @@ def flip_book(draw: Callable[[Any], "Figure"], title: str = "", start: int = 0, 
     pictures = [png_of(draw(**{name: setting})) for setting in settings]
     frames = [{"value": str(setting), "image": data_address(picture, "image/png")}
               for setting, picture in zip(settings, pictures)]
-    payload = {"kind": "flip_book", "title": title or draw.__name__.replace("_", " "), "name": name, "start": start, "frames": frames}
+    payload = {"kind": "flip_book", "title": title or draw.__name__.replace("_", " "), "name": name, "start": start,
+               "frames": frames}
     return Widget(payload, pictures[start], {name: str(settings[start]), "index": start})

@@ -4,6 +4,7 @@ python tests/run_notebooks.py [NB ...]   runs them (default: all), stores their 
 """
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -95,7 +96,7 @@ def run_notebook(path: Path, solve: bool = False, timeout: float = 600) -> Run:
         try:
             client.execute()
         except (CellExecutionError, TimeoutError) as problem:
-            error = str(problem)
+            error = re.sub(r"\x1b\[[0-9;]*m", "", str(problem))  # without terminal colours
     cost = json.loads(code_text(notebook.cells[-1])) if not error else {"seconds": 0, "megabytes": 0}
     return Run(notebook.cells[1:-1], cost["seconds"], time.monotonic() - start, cost["megabytes"], error)
 
