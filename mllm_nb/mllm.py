@@ -214,7 +214,19 @@ def in_dtype_of(module: nn.Module, features: list[Features]) -> list[Features]:
     def cast(tensor: Tensor | None): return None if tensor is None else tensor.to(dtype)
     return [replace(one, grid=cast(one.grid), prefix=cast(one.prefix)) for one in features]
 
-# %% ../nbs/3_connect/5_mllm.ipynb #ff7875f7
+# %% ../nbs/3_connect/5_mllm.ipynb #ab22276b
+def _has_images(pixels: Sequence[Tensor | Features], image_index: Int[Tensor, "batch sequence"] | None) -> bool:
+    "Are there images to splice in? ValueError if there are pixels without places, or (seen on the CPU) the reverse."
+    if len(pixels):
+        if image_index is None:
+            raise ValueError("image_index: found None, expected the place of every visual token, as there are pixels")
+        return True
+    if image_index is not None and image_index.device.type == "cpu" and (image_index != TEXT).any():
+        found = (image_index != TEXT).sum().item()
+        raise ValueError(f"image_index: found {found} image places, expected none without pixels")
+    return False
+
+# %% ../nbs/3_connect/5_mllm.ipynb #95e722e9
 class MLLM(nn.Module):
     """Towers, connector and language model as one (LLaVA: Liu 2023, section 4.1).
 
@@ -253,7 +265,7 @@ class MLLM(nn.Module):
               image_index: Int[Tensor, "batch sequence"] | None = None) -> Float[Tensor, "batch sequence width"]:
         "Word vectors, with visual tokens in the slots of `image_index` (see `splice`); ids in the slots are ignored."
         words = self.language.embed(input_ids.clamp(min=0))
-        if image_index is None or not len(pixels):
+        if not _has_images(pixels, image_index):
             return words
         return splice(words, self.visual_table(pixels).to(words.dtype), image_index)
 
@@ -444,9 +456,9 @@ def write_weights(folder: str | Path, tensors: Mapping[str, Tensor], shard_bytes
     (Path(folder) / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
     return {*weight_map.values(), "model.safetensors.index.json"}
 
-# %% ../nbs/3_connect/5_mllm.ipynb #2b994ed9
-def save_pretrained(model: MLLM, folder: str | Path, processor: Any = None, shard_bytes: float = 5e9) -> None:
-    "Write config.json and the weights (a tied head once), and the processor's own files if one is given."
+# %% ../nbs/3_connect/5_mllm.ipynb #b72426d4
+def save_pretrained(model: MLLM, folder: str | Path, tokenizer: Any = None, shard_bytes: float = 5e9) -> None:
+    "Write config.json and the weights (a tied head once), and the files of a tokenizer that can save itself."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     shared, names = shared_names(model), published_names(model)
@@ -457,8 +469,8 @@ def save_pretrained(model: MLLM, folder: str | Path, processor: Any = None, shar
         if path.name not in written:   # left there by an earlier save with another number of shards
             path.unlink(missing_ok=True)
     (folder / "config.json").write_text(json.dumps(model.config.to_dict(), indent=2) + "\n", encoding="utf-8")
-    if processor is not None:
-        processor.save_pretrained(folder)
+    if tokenizer is not None:
+        (tokenizer.save if hasattr(tokenizer, "save") else tokenizer.save_pretrained)(folder)
 
 # %% ../nbs/3_connect/5_mllm.ipynb #64125d97
 def from_pretrained(folder: str | Path, *, language: str | None = None, dtype: torch.dtype | None = None) -> MLLM:

@@ -188,6 +188,13 @@ def test_finished_features_spare_the_tower(model, image):
     assert model(IDS, features, INDEX).hidden.shape == (1, 9, 16)
 
 
+def test_places_without_pixels_are_refused(model):
+    with pytest.raises(ValueError, match="found 4 image places, expected none without pixels"):
+        model(IDS, image_index=INDEX)
+    with pytest.raises(ValueError, match="image_index"):
+        model(IDS, [torch.zeros(1, 3, 8, 8)])
+
+
 def test_newline_row():
     model = MLLM(replace(TINY, mm_patch_merge_type="spatial_unpad"))
     index = torch.tensor([[TEXT, NEWLINE, 0]])
@@ -306,6 +313,13 @@ def test_saving_again_leaves_no_old_shards(tmp_path, model):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
     MLLM.from_pretrained(tmp_path).save_pretrained(tmp_path)   # over the file that its weights are mapped from
     MLLM.from_pretrained(tmp_path)
+
+
+def test_tokenizer_is_saved_beside(tmp_path, model):
+    class Tokenizer:
+        def save(self, folder): (folder / "tokenizer.json").write_text("{}")
+    model.save_pretrained(tmp_path, Tokenizer())
+    assert (tmp_path / "tokenizer.json").exists()
 
 
 def test_dtype_on_loading(tmp_path, model):
