@@ -17,7 +17,7 @@ help:
 	@echo 'make lab         open the book in JupyterLab'
 	@echo 'make test-floor  the same tests with the oldest supported versions, in .venv-floor'
 	@echo 'make notebooks   run notebooks and store their outputs (NB="nbs/1_see/2_patches.ipynb ...", default: all)'
-	@echo 'make export      write the library from the notebooks'
+	@echo 'make export      write the library, the stubs of the exercises and the tables of the book from the notebooks'
 
 tour: $(READY)
 	@.venv/bin/mllm tour
@@ -37,6 +37,7 @@ notebooks: $(READY)
 export: $(READY)
 	@.venv/bin/python -m mllm_nb.exercises
 	@.venv/bin/nbdev_export
+	@.venv/bin/python tests/book_table.py
 
 clean:
 	rm -rf .venv .venv-floor build dist runs *.egg-info
@@ -46,7 +47,7 @@ define install
 	@test -n '$(PYTHON)' || { echo 'Python 3.11 or newer with venv was not found (python3, python3.11 ... python3.14); name it: make PYTHON=/path/to/python' >&2; exit 1; }
 	@echo 'Setting up $(1) with $(PYTHON), once; downloading PyTorch can take a few minutes ...'
 	@$(PYTHON) -m venv $(1)
-	@$(1)/bin/python -m pip install -q $(2) -e '.[dev]'
+	@$(1)/bin/python -m pip install -qq $(2) -e '.[dev]'
 	@touch $(1)/.ready
 endef
 

@@ -23,7 +23,7 @@ const mllmWidgets = (() => {
     .tokens { display: flex; flex-wrap: wrap; gap: 3px; padding: 4px; }
     .token { border: 1px solid #6b7280; border-radius: 3px; padding: 1px 4px; min-width: 10px; text-align: center;
              cursor: pointer; font: 12px/1.5 ui-monospace, monospace; border-bottom-width: 4px; white-space: pre; }
-    .token.far { opacity: .28; }
+    .token.far { opacity: .38; }
     .token[aria-selected=true] { outline: 3px solid #000; outline-offset: 1px; opacity: 1; }
     .segment { flex-basis: 100%; height: 0; border-top: 2px dashed #6b7280; margin: 3px 0; }
     .swatch { display: inline-block; width: 12px; height: 12px; border: 1px solid #6b7280; margin: 0 4px -1px 0; }

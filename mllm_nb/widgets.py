@@ -205,7 +205,8 @@ def token_strip_payload(tokens: Sequence[str], roles: Sequence[str], ids: Sequen
     listed = [{"text": str(text), "role": role, "id": None if ids is None else int(ids[i]), "label": learned[i],
                "segment": int(segments[i]), "position": place}
               for i, (text, role, place) in enumerate(zip(tokens, roles, positions_in(segments)))]
-    return {"kind": "token_strip", "title": title, "start": 0, "tokens": listed, "colors": ROLE_COLORS,
+    start = max((i for i, role in enumerate(roles) if role == "answer"), default=0)
+    return {"kind": "token_strip", "title": title, "start": start, "tokens": listed, "colors": ROLE_COLORS,
             "counts": [[role, list(roles).count(role)] for role in dict.fromkeys(roles)],
             "learned": sum(label is not None for label in learned), "attends": [runs_of(row) for row in mask]}
 
@@ -226,7 +227,7 @@ def token_role_strip(tokens: Sequence[str], roles: Sequence[str], ids: Sequence[
     payload = token_strip_payload(tokens, roles, ids, labels, segments, mask, title)
     shown = min(len(tokens), 96)
     fallback = png_of(show_strip(list(tokens)[:shown], list(roles)[:shown], title))
-    return Widget(payload, fallback, {"token": 0, "role": roles[0]})
+    return Widget(payload, fallback, {"token": payload["start"], "role": roles[payload["start"]]})
 
 # %% ../nbs/appendix/widgets.ipynb #eed784fe
 def flip_book(draw: Callable[[Any], "Figure"], title: str = "", start: int = 0, **values: Sequence[Any]) -> Widget:

@@ -1,9 +1,11 @@
 "The anatomy of every notebook, and that each rule finds what it is there for."
 import json
+import re
 from pathlib import Path
 
 import notebook_lint as lint
 import pytest
+from book_table import bring_up_to_date
 from run_notebooks import ROOT, notebooks
 
 from mllm_nb.exercises import write_stubs
@@ -19,6 +21,21 @@ def test_notebook_keeps_to_the_anatomy(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_stubs_are_made_from_their_solutions(name):
     assert write_stubs(ROOT / name, write=False) == [], "run: python -m mllm_nb.exercises"
+
+
+def test_the_tables_of_the_book_list_every_notebook():
+    assert bring_up_to_date(write=False) == [], "run: make export"
+
+
+def test_links_of_the_readme_lead_somewhere():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    targets = [target.split("#")[0] for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text)]
+    assert len(targets) > 5 and not [target for target in targets if not (ROOT / target).exists()]
+
+
+def test_the_readme_begins_with_the_two_commands():
+    head = (ROOT / "README.md").read_text(encoding="utf-8")[:700]
+    assert -1 < head.index("make tour") < head.index("make test")
 
 
 def notebook(*cells: tuple[str, str], outputs: list | None = None, **metadata) -> lint.Notebook:

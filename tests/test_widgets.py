@@ -168,6 +168,7 @@ def test_patch_grid_paints_the_picture(opened):
 def test_token_strip_page(opened):
     page = opened(strip())
     listed, facts = page.locator("[role=listbox]"), page.locator("[data-part=facts]")
+    assert listed.get_attribute("data-selected") == "9"  # the last answer token
     tokens = page.locator("[role=option]")
     assert tokens.count() == 11 and tokens.nth(5).inner_text() == "</script>"
     tokens.nth(7).click()
