@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['EXTRAS', 'NEEDED', 'COMMANDS', 'Command', 'parity_arguments', 'run_parity', 'data_arguments', 'run_data',
            'convert_arguments', 'run_convert', 'installed', 'missing_of', 'device_lines', 'extra_line',
-           'doctor_arguments', 'run_doctor', 'build_parser', 'main']
+           'doctor_arguments', 'run_doctor', 'tour_arguments', 'run_tour', 'part_arguments', 'run_part',
+           'chat_arguments', 'run_chat', 'train_arguments', 'run_train', 'build_parser', 'main']
 
 # %% ../nbs/appendix/command.ipynb #2f3a6092
 import argparse
@@ -137,8 +138,88 @@ def run_doctor(arguments: argparse.Namespace) -> int:
     print("\n".join(map(extra_line, EXTRAS)))
     return 0 if all(installed(name) for name in NEEDED) else 1
 
-# %% ../nbs/appendix/command.ipynb #b72921a4
+# %% ../nbs/appendix/command.ipynb #a7d3f574
+def tour_arguments(parser: argparse.ArgumentParser) -> None:
+    "Options of `mllm tour`."
+    parser.add_argument("systems", nargs="*", help="systems to train (default: all)")
+    parser.add_argument("--out", default="runs/tour", help="folder of report.html and results.json (default: runs/tour)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--questions", type=int, default=1000, help="held-out questions (default: 1000)")
+
+
+def run_tour(arguments: argparse.Namespace) -> int:
+    "Train the miniatures and write the report."
+    from mllm_nb.tour import run_tour
+    run_tour(arguments.out, arguments.systems or None, arguments.seed, arguments.questions)
+    return 0
+
+
+def part_arguments(parser: argparse.ArgumentParser) -> None:
+    "Options of `mllm part`."
+    parser.add_argument("name", choices=("language", "contrastive"), help="which part")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the run; the part is written to DIR/part")
+    parser.add_argument("--steps", type=int, help="instead of the recipe's number")
+
+
+def run_part(arguments: argparse.Namespace) -> int:
+    "Rebuild a shipped part."
+    from mllm_nb.training.miniatures import rebuild_part
+    print(rebuild_part(arguments.name, arguments.out, arguments.steps))
+    return 0
+
+# %% ../nbs/appendix/command.ipynb #3f3dfdcb
+def chat_arguments(parser: argparse.ArgumentParser) -> None:
+    "Options of `mllm chat`."
+    parser.add_argument("--model", required=True, metavar="DIR", help="a model folder, such as runs/tour/llava/model")
+    parser.add_argument("--image", required=True, help="a picture's path")
+    parser.add_argument("--question", help="one question; without it, ask until an empty line")
+    parser.add_argument("--base", metavar="DIR", help="the language model's folder, for a projector alone or an adapter")
+    parser.add_argument("--vision-tower", metavar="DIR", help="the encoder's folder, where the model's files do not hold it")
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--max-new-tokens", type=int, default=512)
+
+
+def run_chat(arguments: argparse.Namespace) -> int:
+    "Ask questions about one picture; answers are printed while they are made."
+    from mllm_nb.papers.llava import Chat
+    chat = Chat.open(arguments.model, base=arguments.base, vision_tower=arguments.vision_tower)
+    chat.look(arguments.image)
+    questions = [arguments.question] if arguments.question else iter(lambda: input("question: ").strip(), "")
+    for question in questions:
+        for piece in chat.ask(question, temperature=arguments.temperature, max_new_tokens=arguments.max_new_tokens):
+            print(piece, end="", flush=True)
+        print()
+    return 0
+
+# %% ../nbs/appendix/command.ipynb #2961072f
+def train_arguments(parser: argparse.ArgumentParser) -> None:
+    "Options of `mllm train`."
+    parser.add_argument("--model", required=True, metavar="DIR", help="the model to train")
+    parser.add_argument("--data", required=True, metavar="FILE", help="LLaVA-format records, JSON or JSONL")
+    parser.add_argument("--images", metavar="DIR", help="the folder of the images (default: the records' own)")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the run; the trained model is DIR/model")
+    parser.add_argument("--recipe", default="llava-v1.5-7b", help="a published recipe (default: llava-v1.5-7b)")
+    parser.add_argument("--stage", default="finetune", help="pretrain or finetune (default: finetune)")
+    parser.add_argument("--batch", type=int, help="samples of a global batch, instead of the recipe's")
+    parser.add_argument("--per-device", type=int, help="samples that fit into memory at once, instead of the recipe's")
+    parser.add_argument("--learning-rate", type=float, help="instead of the recipe's")
+    parser.add_argument("--steps", type=int, help="updates, instead of the recipe's epochs")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out exactly the bad records listed, instead of stopping")
+    parser.add_argument("--base", metavar="DIR", help="the language model's folder, for a projector alone or an adapter")
+    parser.add_argument("--vision-tower", metavar="DIR", help="the encoder's folder, where the model's files do not hold it")
+
+
+def run_train(arguments: argparse.Namespace) -> int:
+    "Train on LLaVA-format records."
+    from mllm_nb.papers.llava import train_on_records
+    return train_on_records(arguments)
+
+# %% ../nbs/appendix/command.ipynb #8f6ea8de
 COMMANDS: tuple[Command, ...] = (
+    Command("tour", "train the miniature systems here, examine them, write a report", tour_arguments, run_tour),
+    Command("train", "train a model on your own records with a published recipe", train_arguments, run_train),
+    Command("chat", "ask a model about a picture", chat_arguments, run_chat),
+    Command("part", "rebuild a shipped miniature part", part_arguments, run_part),
     Command("data", "look after data files", data_arguments, run_data),
     Command("parity", "compare with what the originals computed", parity_arguments, run_parity),
     Command("convert", "turn pickled weights that you trust into safetensors", convert_arguments, run_convert),

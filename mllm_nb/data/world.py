@@ -7,15 +7,15 @@ __all__ = ['CATEGORIES', 'COLOURS', 'SHAPES', 'SIZES', 'PAPERS', 'WORDS', 'CELL'
            'DAYS', 'PHRASINGS', 'FAMILIES', 'SPLITS', 'ANNOTATIONS', 'Question', 'text_box', 'stamp', 'glyph',
            'letter_boxes', 'write', 'Thing', 'spread', 'yes_no', 'one_of_each', 'ask_names', 'ask_relation',
            'ask_existence', 'ask_counts', 'Objects', 'Sign', 'Chart', 'Sum', 'Program', 'Balance', 'Circuit',
-           'Thermometer', 'Magnets', 'Words', 'is_held_out', 'belongs', 'make_picture', 'World', 'conversation',
+           'Thermometer', 'Magnets', 'Words', 'is_held_out', 'belongs', 'make_picture', 'World', 'said', 'dialogue',
            'Guesser', 'held_out_questions', 'by_category', 'edges', 'repaint', 'with_hole', 'annotate', 'film']
 
-# %% ../../nbs/5_data/1_world.ipynb #cdff236b
+# %% ../../nbs/5_data/1_world.ipynb #d547047c
 import random
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import combinations
 
@@ -139,6 +139,7 @@ def spread(rng: random.Random, options: Sequence[tuple]) -> tuple | None:
 
 
 def yes_no(truth: bool) -> str:
+    "The answer to a two-sided question."
     return "yes" if truth else "no"
 
 
@@ -650,18 +651,20 @@ def make_picture(index: int, split: str = "train", seed: int = 0, families: dict
         pass
     return picture, rng
 
-# %% ../../nbs/5_data/1_world.ipynb #0e5cafbe
+# %% ../../nbs/5_data/1_world.ipynb #6b3de5af
 @dataclass(frozen=True)
 class World:
     """The miniature world as a sequence of `Sample`s, the same for the same settings.
 
-    `questions`: at most so many about one picture. IndexError beyond `length`.
+    `questions`: at most so many about one picture. `view`: what `world[i]` gives, "conversation", "caption" or "text".
+    IndexError beyond `length`.
     """
     split: str = "train"
     seed: int = 0
     length: int = 100_000
     questions: int = 8
     families: dict | None = None
+    view: str = "conversation"
 
     def __len__(self) -> int:
         return self.length
@@ -676,28 +679,38 @@ class World:
         return picture, asked[:self.questions]
 
     def __getitem__(self, index: int) -> Sample:
+        return getattr(self, self.view)(index)
+
+    def conversation(self, index: int) -> Sample:
         "Picture and conversation."
         picture, asked = self.picture(index)
         image = picture.draw()
-        return self.sample(index, "qa", () if image is None else (image,), conversation(asked, "" if image is None else IMAGE))
+        return self.sample(index, "qa", () if image is None else (image,), dialogue(asked, "" if image is None else IMAGE))
 
     def caption(self, index: int) -> Sample:
         "Picture and description (for families without pictures, the conversation)."
         picture, asked = self.picture(index)
         if (image := picture.draw()) is None:
-            return self[index]
+            return self.conversation(index)
         return self.sample(index, "caption", (image,), (Turn("human", IMAGE), Turn("gpt", picture.describe())))
 
     def text(self, index: int) -> Sample:
-        "The same conversation with the description in the picture's place."
+        "The same conversation with the description in the picture's place, its things in random order."
         picture, asked = self.picture(index)
-        return self.sample(index, "text", (), conversation(asked, picture.describe()))
+        return self.sample(index, "text", (), dialogue(asked, said(picture, random.Random(index))))
 
     def sample(self, index: int, kind: str, images: tuple, turns: tuple[Turn, ...]) -> Sample:
         return Sample(f"{self.split}-{self.seed}-{index}-{kind}", images, turns, "world")
 
-# %% ../../nbs/5_data/1_world.ipynb #bbbbcd0f
-def conversation(questions: Sequence[Question], seen: str) -> tuple[Turn, ...]:
+# %% ../../nbs/5_data/1_world.ipynb #3677c059
+def said(picture, rng: random.Random) -> str:
+    "The description with its things in random order: a picture has no first thing."
+    if not isinstance(picture, Objects):
+        return picture.describe()
+    return replace(picture, things=tuple(rng.sample(picture.things, len(picture.things)))).describe()
+
+
+def dialogue(questions: Sequence[Question], seen: str) -> tuple[Turn, ...]:
     "Questions and answers as turns; what is seen (an image tag or a description) stands before the first question."
     turns = []
     for i, question in enumerate(questions):

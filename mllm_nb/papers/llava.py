@@ -9,13 +9,15 @@ __all__ = ['TOWERS', 'CLIP_336', 'CLIP_224', 'VICUNA_7B', 'VICUNA_13B', 'MISTRAL
            'load_tower_weights', 'tower_config_of', 'assemble', 'manifest_shapes', 'cover', 'overlay', 'lora_scale',
            'lora_pairs', 'merge_lora', 'trainable_names', 'read_adapter', 'read_parts', 'published_name',
            'check_transformers', 'complete', 'from_transformers', 'load_transformers_folder', 'load_llava',
-           'convert_pickle', 'convert_folder', 'processor_for']
+           'convert_pickle', 'convert_folder', 'processor_for', 'Chat', 'good_records', 'train_on_records',
+           'train_miniature']
 
-# %% ../../nbs/9_papers/1_llava.ipynb #f3bb3c33
+# %% ../../nbs/9_papers/1_llava.ipynb #0dda52b7
 import ast
 import json
 import re
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,11 +28,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..connectors.mlp import ProjectorConfig
-from ..data.batches import Processor
+from ..data.batches import Batches, BatchSettings, Processor, collate
+from ..data.records import Records, Sample, check_records
 from ..images import Preprocess
+from ..language.chat import IMAGE, Turn, stop_ids
 from ..language.decoder import DecoderConfig
+from ..language.generate import Sampling
+from ..language.tokenizer import open_tokenizer
 from ..mllm import (MLLM, MLLMConfig, Weights, WeightsError, fit_weights, language_family, no_memory, read_json,
                           read_weights, weight_files)
+from ..training.loop import train
+from ..training.miniatures import ALIGN, TUNE, Trained, assemble_miniature, teach
+from ..training.recipes import find_recipe, training_config
 from ..vision.towers import Tower, TowerConfig
 from ..vision.vit import ViTConfig, load_transformers_state
 
@@ -426,3 +435,102 @@ def processor_for(model: MLLM, tokenizer: Any, **changes) -> Processor:
                 "grid": (tower.grid, tower.grid), "layout": config.mm_patch_merge_type, "prefix": tower.extra_tokens,
                 "max_length": config.tokenizer_model_max_length}
     return Processor(tokenizer, **settings | changes)
+
+# %% ../../nbs/9_papers/1_llava.ipynb #1f0ce3c2
+@dataclass
+class Chat:
+    "A conversation with a model about one or more pictures."
+    model: MLLM
+    processor: Processor
+    images: tuple = ()
+    turns: tuple[Turn, ...] = ()
+
+    @classmethod
+    def open(cls, folder: str | Path, **where) -> "Chat":
+        "A chat with the model of a folder; `where` (base, vision_tower) as in `load_llava`."
+        model = load_llava(folder, **where).eval()
+        return cls(model, processor_for(model, open_tokenizer(where.get("base") or folder)))
+
+    def look(self, image) -> None:
+        "Show a picture (path, bytes or Pillow image); it belongs to the next question."
+        self.images += (image,)
+
+    def ask(self, question: str, temperature: float = 0.0, max_new_tokens: int = 512) -> Iterator[str]:
+        "The answer, piece by piece."
+        new = len(self.images) - sum(turn.text.count(IMAGE) for turn in self.turns)
+        self.turns += (Turn("human", f"{IMAGE}\n" * new + question),)
+        example = self.processor(Sample("chat", self.images, self.turns), answer_pending=True)
+        batch = collate([[example]], len(example), side="left").to(self.model.device)
+        said = ""
+        for text in self.pieces(batch, Sampling(temperature=temperature), max_new_tokens):
+            yield text[len(said):]
+            said = text
+        self.turns += (Turn("gpt", said.strip()),)
+
+    def pieces(self, batch, sampling: Sampling, max_new_tokens: int) -> Iterator[str]:
+        "The growing answer; generation runs in a thread so that each token can be shown when it is there."
+        from queue import Queue
+        from threading import Thread
+        stop, tokens = stop_ids(self.processor.template, self.processor.tokenizer), Queue()
+        def run() -> None:
+            try:
+                self.model.generate(batch.input_ids, batch.pixels, batch.image_index, batch.segments, stop_ids=stop, sampling=sampling,
+                                    max_new_tokens=max_new_tokens, streamer=lambda row, token: tokens.put(token))
+                tokens.put(None)
+            except Exception as error:   # handed over to the caller's thread, which raises it
+                tokens.put(error)
+        Thread(target=run, daemon=True).start()
+        ids = []
+        while (token := tokens.get()) is not None:
+            if isinstance(token, Exception):
+                raise token
+            ids += [token] if token not in stop else []
+            text = self.processor.tokenizer.decode(ids)
+            if not text.endswith("\ufffd"):
+                yield text
+
+# %% ../../nbs/9_papers/1_llava.ipynb #ecd485af
+def good_records(file: str | Path, images: str | Path | None, skip_bad: bool) -> tuple[Records, tuple[int, ...]]:
+    "The records and the numbers of the bad ones. Raises ValueError where some are bad and may not be skipped."
+    records = Records(file, images)
+    report = check_records(records)
+    if not report.ok:
+        report.print()
+        if not skip_bad:
+            raise ValueError(f"{file}: found {len(report.skip)} bad records (above); mend them, or leave exactly them out with --skip-bad")
+        print("left out: " + ", ".join(records.where(i) for i in report.skip))
+    return records, report.skip
+
+
+def train_on_records(arguments: Any) -> int:
+    "The work of `mllm train`."
+    stage = {stage.name: stage for stage in find_recipe(arguments.recipe).stages}[arguments.stage]
+    records, skip = good_records(arguments.data, arguments.images, arguments.skip_bad)
+    model = load_llava(arguments.model, base=arguments.base, vision_tower=arguments.vision_tower)
+    tokenizer = open_tokenizer(arguments.base or arguments.model)
+    processor = processor_for(model, tokenizer, too_long="truncate", images_first=True)
+    rows = arguments.per_device or min(stage.per_device_batch, arguments.batch or stage.global_batch)
+    changes = {"global_batch": arguments.batch, "learning_rate": arguments.learning_rate, "max_steps": arguments.steps}
+    config = training_config(replace(stage, global_batch=arguments.batch or stage.global_batch), per_device_batch=rows,
+                             **{name: value for name, value in changes.items() if value is not None}, save_every=100)
+    batches = Batches(records, processor, BatchSettings(processor.max_length, config.micro_batch, packing=False,
+                                                        buckets=(256, 512, 1024), group_by_modality=stage.group_by_modality), skip=skip)
+    for line in batches.left_out:
+        print(line)
+    train(model, batches, config, arguments.out)
+    model.save_pretrained(Path(arguments.out) / "model")
+    tokenizer.save(Path(arguments.out) / "model") if hasattr(tokenizer, "save") else tokenizer.save_pretrained(Path(arguments.out) / "model")
+    return 0
+
+# %% ../../nbs/9_papers/1_llava.ipynb #78576f18
+def train_miniature(folder: str | Path, seed: int = 0, connector: str = "mlp2x_gelu", language: str = "language",
+                    align_steps: int | None = None, tune_steps: int | None = None, **changes) -> Trained:
+    """LLaVA-1.5 in miniature, from the shipped parts through both stages. `align_steps=0` leaves the first one out;
+    `changes` replace TrainingConfig fields."""
+    start, histories = time.perf_counter(), {}
+    model, processor = assemble_miniature(connector, language, seed=seed)
+    for lesson, steps in ((ALIGN, align_steps), (TUNE, tune_steps)):
+        lesson = replace(lesson, seed=seed, steps=lesson.steps if steps is None else steps)
+        if lesson.steps:
+            histories[lesson.name] = teach(model, processor, lesson, Path(folder) / lesson.name, **changes)
+    return Trained(model, processor, histories, time.perf_counter() - start, processor.rows_per_view)
