@@ -6,7 +6,8 @@
 __all__ = ['EXTRAS', 'NEEDED', 'COMMANDS', 'Command', 'parity_arguments', 'run_parity', 'data_arguments', 'run_data',
            'convert_arguments', 'run_convert', 'installed', 'missing_of', 'device_lines', 'extra_line',
            'doctor_arguments', 'run_doctor', 'tour_arguments', 'run_tour', 'part_arguments', 'run_part',
-           'chat_arguments', 'run_chat', 'train_arguments', 'run_train', 'build_parser', 'main']
+           'claims_arguments', 'run_claims', 'chat_arguments', 'run_chat', 'train_arguments', 'run_train',
+           'build_parser', 'main']
 
 # %% ../nbs/appendix/command.ipynb #2f3a6092
 import argparse
@@ -167,6 +168,19 @@ def run_part(arguments: argparse.Namespace) -> int:
     print(rebuild_part(arguments.name, arguments.out, arguments.steps))
     return 0
 
+# %% ../nbs/appendix/command.ipynb #983a568e
+def claims_arguments(parser: argparse.ArgumentParser) -> None:
+    "Options of `mllm claims`."
+    parser.add_argument("--out", default="runs/claims", help="folder of claims.json (default: runs/claims)")
+    parser.add_argument("--seeds", type=int, default=3, help="how many seeds (default: 3)")
+
+
+def run_claims(arguments: argparse.Namespace) -> int:
+    "Re-run the LLaVA family's claims in miniature."
+    from mllm_nb.papers.llava import run_claims
+    run_claims(arguments.out, range(arguments.seeds))
+    return 0
+
 # %% ../nbs/appendix/command.ipynb #3f3dfdcb
 def chat_arguments(parser: argparse.ArgumentParser) -> None:
     "Options of `mllm chat`."
@@ -214,11 +228,12 @@ def run_train(arguments: argparse.Namespace) -> int:
     from mllm_nb.papers.llava import train_on_records
     return train_on_records(arguments)
 
-# %% ../nbs/appendix/command.ipynb #8f6ea8de
+# %% ../nbs/appendix/command.ipynb #e7a17c87
 COMMANDS: tuple[Command, ...] = (
     Command("tour", "train the miniature systems here, examine them, write a report", tour_arguments, run_tour),
     Command("train", "train a model on your own records with a published recipe", train_arguments, run_train),
     Command("chat", "ask a model about a picture", chat_arguments, run_chat),
+    Command("claims", "re-run the papers' claims in miniature, over several seeds", claims_arguments, run_claims),
     Command("part", "rebuild a shipped miniature part", part_arguments, run_part),
     Command("data", "look after data files", data_arguments, run_data),
     Command("parity", "compare with what the originals computed", parity_arguments, run_parity),

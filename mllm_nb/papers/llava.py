@@ -4,20 +4,20 @@
 
 # %% auto #0
 __all__ = ['TOWERS', 'CLIP_336', 'CLIP_224', 'VICUNA_7B', 'VICUNA_13B', 'MISTRAL_7B', 'MPT_7B', 'LLAVA_1_5_7B', 'LLAVA_1_5_13B',
-           'BAKLLAVA_1', 'LLAVA_LIGHTNING_MPT_7B', 'PUBLISHED', 'CLASS_DEFAULTS', 'clip_large', 'merged', 'sort_names',
-           'grown_vocabulary', 'tower_settings', 'tower_folder', 'safe_file', 'read_whole', 'load_tower',
-           'load_tower_weights', 'tower_config_of', 'assemble', 'manifest_shapes', 'cover', 'overlay', 'lora_scale',
-           'lora_pairs', 'merge_lora', 'trainable_names', 'read_adapter', 'read_parts', 'published_name',
+           'BAKLLAVA_1', 'LLAVA_LIGHTNING_MPT_7B', 'PUBLISHED', 'CLASS_DEFAULTS', 'ARMS', 'CLAIMS', 'clip_large',
+           'merged', 'sort_names', 'grown_vocabulary', 'tower_settings', 'tower_folder', 'safe_file', 'read_whole',
+           'load_tower', 'load_tower_weights', 'tower_config_of', 'assemble', 'manifest_shapes', 'cover', 'overlay',
+           'lora_scale', 'lora_pairs', 'merge_lora', 'trainable_names', 'read_adapter', 'read_parts', 'published_name',
            'check_transformers', 'complete', 'from_transformers', 'load_transformers_folder', 'load_llava',
            'convert_pickle', 'convert_folder', 'processor_for', 'Chat', 'good_records', 'train_on_records',
-           'train_miniature']
+           'train_miniature', 'run_claims']
 
-# %% ../../nbs/9_papers/1_llava.ipynb #0dda52b7
+# %% ../../nbs/9_papers/1_llava.ipynb #9619e4a8
 import ast
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from ..language.generate import Sampling
 from ..language.tokenizer import open_tokenizer
 from ..mllm import (MLLM, MLLMConfig, Weights, WeightsError, fit_weights, language_family, no_memory, read_json,
                           read_weights, weight_files)
+from ..evaluation.world import HeldOut, right_answers
 from ..training.loop import train
 from ..training.miniatures import ALIGN, TUNE, Trained, assemble_miniature, teach
 from ..training.recipes import find_recipe, training_config
@@ -534,3 +535,31 @@ def train_miniature(folder: str | Path, seed: int = 0, connector: str = "mlp2x_g
         if lesson.steps:
             histories[lesson.name] = teach(model, processor, lesson, Path(folder) / lesson.name, **changes)
     return Trained(model, processor, histories, time.perf_counter() - start, processor.rows_per_view)
+
+# %% ../../nbs/9_papers/1_llava.ipynb #a3539c19
+ARMS = {   # what each arm changes; the first is the system as it is
+    "LLaVA-1.5 in miniature": {},
+    "one stage": {"align_steps": 0, "tune_steps": 190},
+    "linear connector": {"connector": "linear"},
+    "weaker language model": {"language": "language_early"},
+}
+CLAIMS = {"two stages beat one": "one stage", "an MLP beats a linear connector": "linear connector",
+          "a better language model makes a better model": "weaker language model"}
+
+
+def run_claims(folder: str | Path, seeds: Sequence[int] = (0, 1, 2), questions: int = 500, **changes) -> dict[str, list[float]]:
+    "Accuracy of every arm for every seed; the file `claims.json` is written after each run, and finished runs are not repeated."
+    file = Path(folder) / "claims.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    results = json.loads(file.read_text()) if file.exists() else {}
+    for seed in seeds:
+        for name, arm in ARMS.items():
+            found = results.setdefault(name, {})
+            if str(seed) not in found:
+                settings = {"align_steps": 60, "tune_steps": 150, "progress": False} | arm | changes
+                trained = train_miniature(Path(folder) / name.replace(" ", "_") / str(seed), seed, **settings)
+                right = right_answers(trained.model, HeldOut.make(trained.processor, questions))
+                found[str(seed)] = sum(right) / len(right)
+                file.write_text(json.dumps(results, indent=1) + "\n")
+                print(f"{name}, seed {seed}: {found[str(seed)]:.1%} in {trained.seconds:.0f} s", flush=True)
+    return {name: [found[seed] for seed in sorted(found)] for name, found in results.items()}
