@@ -256,7 +256,8 @@ def show_rotation(config: DecoderConfig, pairs: tuple[int, ...], places: int = 8
         for place, end in enumerate(zip(cos[:, pair], sin[:, pair])):
             strength = 0.35 + 0.6 * place / places
             axis.annotate("", end, (0, 0), arrowprops={"arrowstyle": "-|>", "color": BLUE, "alpha": strength})
-            axis.text(end[0] * 1.15, end[1] * 1.15, place, ha="center", va="center", fontsize=9)
+            if rope_frequencies(config)[pair] > 0.14 or place == 0:   # room for a number
+                axis.text(end[0] * 1.15, end[1] * 1.15, place, ha="center", va="center", fontsize=9)
         axis.set(title=f"pair {pair}: {rope_frequencies(config)[pair]:.3g} rad", xlim=(-1.3, 1.3), ylim=(-1.3, 1.3))
         axis.set(aspect="equal", xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
@@ -461,7 +462,7 @@ def scale_of(config: DecoderConfig, dtype: torch.dtype) -> float:
     "sqrt(hidden_size), rounded to the embeddings' dtype as Gemma was trained (45.25 in bf16 for width 2048)."
     return torch.tensor(config.hidden_size ** 0.5, dtype=dtype).item()
 
-# %% ../../nbs/2_read/3_decoder.ipynb #0ab41cbb
+# %% ../../nbs/2_read/3_decoder.ipynb #e5adef7b
 class Decoder(nn.Module):
     """A causal language model whose parameter names are those of Hugging Face's Llama.
 
@@ -499,11 +500,12 @@ class Decoder(nn.Module):
         mask = visible_keys(embeddings, mask, cache, self.config.sliding_window)
         rope = rope_table(sequence_positions(embeddings, positions, cache), self.config)
         hidden = embeddings * scale_of(self.config, embeddings.dtype) if self.config.embedding_scale else embeddings
-        layers = [hidden]
+        layers = []
         for layer, kept in zip(self.model.layers, cache.layers if cache else [None] * len(self.model.layers)):
-            layers.append(layer(layers[-1], rope, mask, self.attention_path, kept))
-        layers[-1] = self.model.norm(layers[-1])
-        return layers if return_layers else layers[-1]
+            layers += [hidden] if return_layers else []   # kept only where asked for
+            hidden = layer(hidden, rope, mask, self.attention_path, kept)
+        hidden = self.model.norm(hidden)
+        return [*layers, hidden] if return_layers else hidden
 
     def logits(self, hidden: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows vocabulary"]:
         "One score per vocabulary entry."
