@@ -29,7 +29,7 @@ test-floor: $(FLOOR)
 	@$(ALONE) MLLM_NB_FLOOR=1 .venv-floor/bin/python -m pytest -n $(WORKERS) $(TESTS)
 
 lab: $(READY)
-	@.venv/bin/jupyter lab nbs/index.ipynb
+	@.venv/bin/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) nbs/index.ipynb
 
 notebooks: $(READY)
 	@$(ALONE) .venv/bin/python tests/run_notebooks.py $(NB)
