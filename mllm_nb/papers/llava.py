@@ -9,8 +9,8 @@ __all__ = ['TOWERS', 'CLIP_336', 'CLIP_224', 'VICUNA_7B', 'VICUNA_13B', 'MISTRAL
            'load_tower', 'load_tower_weights', 'tower_config_of', 'assemble', 'manifest_shapes', 'cover', 'overlay',
            'lora_scale', 'lora_pairs', 'merge_lora', 'trainable_names', 'read_adapter', 'read_parts', 'published_name',
            'check_transformers', 'complete', 'from_transformers', 'load_transformers_folder', 'load_llava',
-           'convert_pickle', 'convert_folder', 'processor_for', 'Chat', 'good_records', 'train_on_records',
-           'train_miniature', 'run_claims']
+           'convert_pickle', 'convert_folder', 'processor_for', 'Chat', 'answer_pieces', 'good_records',
+           'train_on_records', 'train_miniature', 'run_claims', 'mean_interval', 'verdicts']
 
 # %% ../../nbs/9_papers/1_llava.ipynb #9619e4a8
 import ast
@@ -27,6 +27,7 @@ from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor
 
+# %% ../../nbs/9_papers/1_llava.ipynb #8eb048cf
 from ..connectors.mlp import ProjectorConfig
 from ..data.batches import Batches, BatchSettings, Processor, collate
 from ..data.records import Records, Sample, check_records
@@ -437,7 +438,7 @@ def processor_for(model: MLLM, tokenizer: Any, **changes) -> Processor:
                 "max_length": config.tokenizer_model_max_length}
     return Processor(tokenizer, **settings | changes)
 
-# %% ../../nbs/9_papers/1_llava.ipynb #1f0ce3c2
+# %% ../../nbs/9_papers/1_llava.ipynb #6ec09355
 @dataclass
 class Chat:
     "A conversation with a model about one or more pictures."
@@ -463,34 +464,38 @@ class Chat:
         example = self.processor(Sample("chat", self.images, self.turns), answer_pending=True)
         batch = collate([[example]], len(example), side="left").to(self.model.device)
         said = ""
-        for text in self.pieces(batch, Sampling(temperature=temperature), max_new_tokens):
+        settings = Sampling(temperature=temperature)
+        for text in answer_pieces(self.model, self.processor, batch, settings, max_new_tokens):
             yield text[len(said):]
             said = text
         self.turns += (Turn("gpt", said.strip()),)
 
-    def pieces(self, batch, sampling: Sampling, max_new_tokens: int) -> Iterator[str]:
-        "The growing answer; generation runs in a thread so that each token can be shown when it is there."
-        from queue import Queue
-        from threading import Thread
-        stop, tokens = stop_ids(self.processor.template, self.processor.tokenizer), Queue()
-        def run() -> None:
-            try:
-                self.model.generate(batch.input_ids, batch.pixels, batch.image_index, batch.segments, stop_ids=stop, sampling=sampling,
-                                    max_new_tokens=max_new_tokens, streamer=lambda row, token: tokens.put(token))
-                tokens.put(None)
-            except Exception as error:   # handed over to the caller's thread, which raises it
-                tokens.put(error)
-        Thread(target=run, daemon=True).start()
-        ids = []
-        while (token := tokens.get()) is not None:
-            if isinstance(token, Exception):
-                raise token
-            ids += [token] if token not in stop else []
-            text = self.processor.tokenizer.decode(ids)
-            if not text.endswith("\ufffd"):
-                yield text
+# %% ../../nbs/9_papers/1_llava.ipynb #20f5f7d0
+def answer_pieces(model: MLLM, processor: Processor, batch, sampling: Sampling, max_new_tokens: int) -> Iterator[str]:
+    "The growing answer; generation runs in a thread so that each token can be shown when it is there."
+    from queue import Queue
+    from threading import Thread
+    stop, tokens, ids = stop_ids(processor.template, processor.tokenizer), Queue(), []
 
-# %% ../../nbs/9_papers/1_llava.ipynb #ecd485af
+    def run() -> None:
+        try:
+            model.generate(batch.input_ids, batch.pixels, batch.image_index, batch.segments, stop_ids=stop,
+                           sampling=sampling, max_new_tokens=max_new_tokens,
+                           streamer=lambda row, token: tokens.put(token))
+            tokens.put(None)
+        except Exception as error:   # handed over to the caller's thread, which raises it
+            tokens.put(error)
+
+    Thread(target=run, daemon=True).start()
+    while (token := tokens.get()) is not None:
+        if isinstance(token, Exception):
+            raise token
+        ids += [token] if token not in stop else []
+        text = processor.tokenizer.decode(ids)
+        if not text.endswith("\ufffd"):
+            yield text
+
+# %% ../../nbs/9_papers/1_llava.ipynb #9583f124
 def good_records(file: str | Path, images: str | Path | None, skip_bad: bool) -> tuple[Records, tuple[int, ...]]:
     "The records and the numbers of the bad ones. Raises ValueError where some are bad and may not be skipped."
     records = Records(file, images)
@@ -498,11 +503,12 @@ def good_records(file: str | Path, images: str | Path | None, skip_bad: bool) ->
     if not report.ok:
         report.print()
         if not skip_bad:
-            raise ValueError(f"{file}: found {len(report.skip)} bad records (above); mend them, or leave exactly them out with --skip-bad")
+            raise ValueError(f"{file}: found {len(report.skip)} bad records (above); mend them, "
+                             "or leave exactly them out with --skip-bad")
         print("left out: " + ", ".join(records.where(i) for i in report.skip))
     return records, report.skip
 
-
+# %% ../../nbs/9_papers/1_llava.ipynb #a1eaccbd
 def train_on_records(arguments: Any) -> int:
     "The work of `mllm train`."
     stage = {stage.name: stage for stage in find_recipe(arguments.recipe).stages}[arguments.stage]
@@ -514,13 +520,16 @@ def train_on_records(arguments: Any) -> int:
     changes = {"global_batch": arguments.batch, "learning_rate": arguments.learning_rate, "max_steps": arguments.steps}
     config = training_config(replace(stage, global_batch=arguments.batch or stage.global_batch), per_device_batch=rows,
                              **{name: value for name, value in changes.items() if value is not None}, save_every=100)
-    batches = Batches(records, processor, BatchSettings(processor.max_length, config.micro_batch, packing=False,
-                                                        buckets=(256, 512, 1024), group_by_modality=stage.group_by_modality), skip=skip)
+    settings = BatchSettings(processor.max_length, config.micro_batch, packing=False,
+                             buckets=tuple(size for size in (256, 512, 1024) if size < processor.max_length),
+                             group_by_modality=stage.group_by_modality)
+    batches = Batches(records, processor, settings, skip=skip)
     for line in batches.left_out:
         print(line)
     train(model, batches, config, arguments.out)
-    model.save_pretrained(Path(arguments.out) / "model")
-    tokenizer.save(Path(arguments.out) / "model") if hasattr(tokenizer, "save") else tokenizer.save_pretrained(Path(arguments.out) / "model")
+    target = Path(arguments.out) / "model"
+    model.save_pretrained(target)
+    (tokenizer.save if hasattr(tokenizer, "save") else tokenizer.save_pretrained)(target)
     return 0
 
 # %% ../../nbs/9_papers/1_llava.ipynb #78576f18
@@ -536,7 +545,7 @@ def train_miniature(folder: str | Path, seed: int = 0, connector: str = "mlp2x_g
             histories[lesson.name] = teach(model, processor, lesson, Path(folder) / lesson.name, **changes)
     return Trained(model, processor, histories, time.perf_counter() - start, processor.rows_per_view)
 
-# %% ../../nbs/9_papers/1_llava.ipynb #a3539c19
+# %% ../../nbs/9_papers/1_llava.ipynb #2d371860
 ARMS = {   # what each arm changes; the first is the system as it is
     "LLaVA-1.5 in miniature": {},
     "one stage": {"align_steps": 0, "tune_steps": 190},
@@ -546,9 +555,10 @@ ARMS = {   # what each arm changes; the first is the system as it is
 CLAIMS = {"two stages beat one": "one stage", "an MLP beats a linear connector": "linear connector",
           "a better language model makes a better model": "weaker language model"}
 
-
-def run_claims(folder: str | Path, seeds: Sequence[int] = (0, 1, 2), questions: int = 500, **changes) -> dict[str, list[float]]:
-    "Accuracy of every arm for every seed; the file `claims.json` is written after each run, and finished runs are not repeated."
+# %% ../../nbs/9_papers/1_llava.ipynb #57aa811d
+def run_claims(folder: str | Path, seeds: Sequence[int] = (0, 1, 2), questions: int = 500,
+               **changes) -> dict[str, list[float]]:
+    "Accuracy of every arm for every seed. `claims.json` is written after each run; finished runs are not repeated."
     file = Path(folder) / "claims.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(file.read_text()) if file.exists() else {}
@@ -563,3 +573,17 @@ def run_claims(folder: str | Path, seeds: Sequence[int] = (0, 1, 2), questions: 
                 file.write_text(json.dumps(results, indent=1) + "\n")
                 print(f"{name}, seed {seed}: {found[str(seed)]:.1%} in {trained.seconds:.0f} s", flush=True)
     return {name: [found[seed] for seed in sorted(found)] for name, found in results.items()}
+
+# %% ../../nbs/9_papers/1_llava.ipynb #7dec7dd2
+def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    "(mean, low, high): 95 % interval of the mean of 2 to 5 values by Student's t."
+    count, mean = len(values), sum(values) / len(values)
+    factor = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}[count]
+    half = factor * (sum((value - mean) ** 2 for value in values) / (count - 1) / count) ** .5
+    return mean, mean - half, mean + half
+
+
+def verdicts(results: Mapping[str, Sequence[float]]) -> dict[str, tuple[float, float, float]]:
+    "For each claim the difference between the system and the other arm, seed by seed: mean and interval."
+    first = results[next(iter(ARMS))]
+    return {claim: mean_interval([a - b for a, b in zip(first, results[arm])]) for claim, arm in CLAIMS.items()}
