@@ -129,7 +129,7 @@ def grid_on(axis: "Axes", picture: Any, patch: int, highlight: Sequence[int] = (
         axis.text((index % columns + 0.5) * patch, (index // columns + 0.5) * patch, str(index), color="white",
                   ha="center", va="center", fontsize=8, fontweight="bold", path_effects=halo())
 
-# %% ../nbs/appendix/plots.ipynb #6b0a8225
+# %% ../nbs/appendix/plots.ipynb #136b6df2
 def halo() -> list:
     "A dark rim that keeps white letters readable on any picture."
     from matplotlib.patheffects import withStroke
@@ -137,12 +137,12 @@ def halo() -> list:
 
 
 def patch_rows(picture: Any, patch: int) -> np.ndarray:
-    "The grey values of each patch as a row: float [patches, patch * patch], patches counted row by row."
+    "The numbers of each patch as a row: float [patches, patch * patch * channels], patches counted row by row."
     pixels = array_of(picture)
-    grey = pixels if pixels.ndim == 2 else pixels[:, :, :3].mean(axis=2)
-    rows, columns = grey.shape[0] // patch, grey.shape[1] // patch
-    cut = grey[:rows * patch, :columns * patch].reshape(rows, patch, columns, patch)
-    return cut.swapaxes(1, 2).reshape(rows * columns, patch * patch)
+    pixels = pixels[:, :, None] if pixels.ndim == 2 else pixels[:, :, :3]
+    rows, columns = pixels.shape[0] // patch, pixels.shape[1] // patch
+    cut = pixels[:rows * patch, :columns * patch].reshape(rows, patch, columns, patch, -1)
+    return cut.swapaxes(1, 2).reshape(rows * columns, -1)
 
 # %% ../nbs/appendix/plots.ipynb #c67539b3
 @styled
@@ -160,7 +160,7 @@ def show_patch_grid(picture: Any, patch: int, highlight: Sequence[int] = (), num
 def show_patches(picture: Any, patch: int, highlight: Sequence[int] = (), rows: Any = None) -> "Figure":
     """A picture under its patch grid, and beside it the matrix with one row per patch.
 
-    `rows` [patches, width] is drawn as the matrix; left out, each row holds the grey values of its patch.
+    `rows` [patches, width] is drawn as the matrix; left out, each row holds the pixels of its patch.
     """
     matrix = patch_rows(picture, patch) if rows is None else np.asarray(rows)
     figure, axes = canvas(7.5, 3.2, 1, 2, width_ratios=(1, 1.3))
