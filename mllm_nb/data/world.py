@@ -573,7 +573,7 @@ class Magnets:
     def questions(self, rng: random.Random) -> list[Question]:
         return [Question("science", "magnets", "do the magnets attract?", yes_no(self.first != self.second), 2)]
 
-# %% ../../nbs/5_data/1_world.ipynb #4585b518
+# %% ../../nbs/5_data/1_world.ipynb #6473fdb5
 OPPOSITES = (("hot", "cold"), ("big", "small"), ("up", "down"), ("left", "right"), ("open", "closed"), ("day", "night"),
              ("fast", "slow"), ("full", "empty"), ("wet", "dry"), ("old", "new"), ("high", "low"), ("soft", "hard"))
 DAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
@@ -581,7 +581,7 @@ PHRASINGS = {"opposite": ("what is the opposite of {0}?", "{0} is the opposite o
              "day": ("what day comes {1} {0}?", "{1} {0} comes which day?", "name the day {1} {0}."),
              "reading": ("a {0} {1} is {2} a {3} {4}. what color is the {1}?", "a {0} {1} is {2} a {3} {4}. what color is the {4}?")}
 
-
+# %% ../../nbs/5_data/1_world.ipynb #ed7a9b49
 @dataclass(frozen=True)
 class Words:
     "A question without a picture; `phrasing` picks one of its wordings."

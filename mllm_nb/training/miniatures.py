@@ -108,14 +108,14 @@ def text_example(world: World, index: int, processor: Processor, lines: Lines = 
         return slots(heard + told, [IGNORE] * len(heard) + told, index), words_by_cell(picture) if telegram else None
     return processor(world.text(index)), None
 
-
+# %% ../../nbs/6_train/6_miniatures.ipynb #91764ec4
 def slots(ids: list[int], labels: list[int], index: int) -> Example:
     "Token ids as an example; the image mark, if there is one, becomes 64 numbered slots."
     marks = ids.count(IMAGE_TOKEN_ID)
     full = expand_images(ids, labels, [range(64)] * marks, [64] * marks)
     return Example(str(index), f"text {index}", *(torch.tensor(part) for part in full[:3]), (), 64 * marks)
 
-# %% ../../nbs/6_train/6_miniatures.ipynb #521d9406
+# %% ../../nbs/6_train/6_miniatures.ipynb #adebcdd3
 def all_tokens_loss(decoder: Decoder, batch: Batch, weight: float = 0.2):
     """Cross-entropy of the answers, plus `weight` times that of every token: a base model must also know how text goes on.
 
@@ -141,7 +141,7 @@ def read(decoder: Decoder, batch: "TextBatch") -> Float[Tensor, "rows length wid
         summed = summed + .1 * torch.randn_like(summed)
     return splice(words, torch.cat([summed, summed.new_zeros(1, summed.shape[1])]).to(words.dtype), batch.image_index)
 
-
+# %% ../../nbs/6_train/6_miniatures.ipynb #02365733
 @dataclass(frozen=True, eq=False)
 class TextBatch(Batch):
     "A batch of texts; `bags` [slots in use, words] are token ids, padded with 0, one row for each number in `image_index`."
@@ -191,7 +191,7 @@ class TextRows:
                 yield self.batch([[examples[i] for i in row] for row in rows[at:at + self.rows]])
             number += 1
 
-# %% ../../nbs/6_train/6_miniatures.ipynb #16879b66
+# %% ../../nbs/6_train/6_miniatures.ipynb #1e6fb41c
 def language_config(tokenizer: BPETokenizer, width: int = 160, layers: int = 4) -> DecoderConfig:
     "A Llama of about 1.35 million parameters, heads of 32 channels, tied embedding."
     inner = (width * 8 // 3 + 31) // 32 * 32
@@ -209,7 +209,7 @@ class Phase:
 
 LANGUAGE_PHASES = (Phase(6000, 3e-3), Phase(1200, 1.5e-3, Lines(retold=.35)), Phase(1650, 2e-3, Lines(retold=.35, telegrams=.6)))
 
-
+# %% ../../nbs/6_train/6_miniatures.ipynb #c9cbd564
 def pretrain_language(folder: str | Path, phases: Sequence[Phase] = LANGUAGE_PHASES, seed: int = 0, **changes) -> Decoder:
     "Train the miniature language model on the world's text, phase by phase; `mllm part language` calls this."
     torch.manual_seed(seed)
