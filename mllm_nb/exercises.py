@@ -138,7 +138,7 @@ class Exercise:
     stub_cell: int
     check_cell: int
 
-FOLDED = re.compile(r"<details><summary>Solution</summary>\s*```python\n(.*?)\n```(?:(?!```).)*?</details>", re.DOTALL)
+FOLDED = re.compile(r"<details><summary>Solution</summary>\s*```python\n(.*?)\n```\n.*?</details>", re.DOTALL)
 MARK = re.compile(r"^#\|\s*(exercise|check)\s+(\w+)\s*$", re.MULTILINE)
 
 # %% ../nbs/appendix/exercises.ipynb #a28bb350

@@ -8,7 +8,7 @@ from mllm_nb.exercises import ExerciseError, check, main, read_exercises, stub_o
 
 
 def cells(solution: str, stub: str, checked: str, name: str) -> list[dict]:
-    task = f"### Exercise 1: it\n\nDo it.\n\n<details><summary>Solution</summary>\n\n```python\n{solution}\n```\n\n</details>"
+    task = f"### Exercise 1: it\n\nDo it.\n\n<details><summary>Solution</summary>\n\n```python\n{solution}\n```\n\nWhy it works.\n\n</details>"
     return [{"cell_type": "markdown", "source": [task], "id": "a", "metadata": {}},
             {"cell_type": "code", "source": [f"#| exercise {name}\n", stub], "id": "b", "metadata": {}, "outputs": []},
             {"cell_type": "code", "source": [f"#| check {name}\n", checked], "id": "c", "metadata": {}, "outputs": []}]
