@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from hypothesis import assume, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
@@ -224,7 +224,7 @@ def test_plain_text_has_the_ids_of_sentencepiece(text):
 @given(SP_TEXTS)
 @settings(max_examples=100, deadline=None)
 def test_spans_lie_in_order_and_text_comes_back(tokenizers, text):
-    assume("\u2581" not in text)   # SentencePiece writes a space that way and cannot give it back
+    if "\u2581" in text: return   # SentencePiece writes a space that way and cannot give it back
     for (legacy, _), tokenizer in tokenizers.items():
         found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         begins = [begin for begin, _ in found["offset_mapping"]]
