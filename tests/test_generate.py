@@ -1,4 +1,7 @@
 "Generation against transformers, batches against single rows, the packed way against the plain one."
+import gc
+import weakref
+
 import pytest
 import torch
 import transformers
@@ -219,6 +222,20 @@ def test_changed_weights_are_noticed():
         decoder.model.norm.weight += 1
     with pytest.raises(RuntimeError, match="weights have changed since it was packed"):
         generate(packed, ids)
+    plain = generate(decoder, ids, max_new_tokens=30, pack=False)
+    assert generate(decoder, ids, max_new_tokens=30) == plain   # by itself it packs again
+    decoder.model.layers[0].mlp.down_proj.weight.data.mul_(-2)   # as merging an adapter does: no version counts it
+    assert generate(decoder, ids, max_new_tokens=30) == generate(decoder, ids, max_new_tokens=30, pack=False) != plain
+
+
+def test_a_decoder_is_packed_once_and_let_go_with_it():
+    decoder, ids = small(), torch.randint(0, 61, (1, 8))
+    assert PackedDecoder(decoder).head is PackedDecoder(decoder).head
+    generate(decoder, ids, max_new_tokens=30)
+    gone = weakref.ref(decoder)
+    del decoder
+    gc.collect()
+    assert gone() is None
 
 
 def test_packed_decoder_writes_batches_the_plain_way():

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['PANEL', 'show_cache', 'Sampling', 'keep_top_k', 'keep_top_p', 'next_token_probabilities', 'choose', 'show_choices',
-           'huge_pages', 'Panels', 'panel_product', 'PackedDecoder', 'why_not_packed', 'generate']
+           'huge_pages', 'Panels', 'panel_product', 'fingerprints', 'PackedDecoder', 'why_not_packed', 'generate']
 
-# %% ../../nbs/2_read/4_generate.ipynb #4cf9df57
+# %% ../../nbs/2_read/4_generate.ipynb #1718d4ce
 import mmap
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -247,7 +248,17 @@ def _extended(kept: LayerCache, key: Float[Tensor, "kv_heads dim"], value: Float
     start = 0 if window is None else max(0, here + 1 - window)
     return keys[:, start:here + 1], values[:, start:here + 1]
 
-# %% ../../nbs/2_read/4_generate.ipynb #0967fa44
+# %% ../../nbs/2_read/4_generate.ipynb #4819ea5f
+_PACKED = WeakKeyDictionary()   # decoder -> (fingerprints, packed layers, packed head)
+
+
+def fingerprints(module: nn.Module) -> list[int]:
+    "The sum of each parameter, as the bits of its number: equal again only where the weights are."
+    with torch.no_grad():
+        sums = [parameter.sum(dtype=torch.float32) for parameter in module.parameters()]
+    return torch.stack(sums).view(torch.int32).tolist()
+
+# %% ../../nbs/2_read/4_generate.ipynb #c3dfc4c6
 class PackedDecoder:
     """A `Decoder` with a second copy of its weights in panels, for one new token at a time on a CPU.
 
@@ -257,17 +268,24 @@ class PackedDecoder:
     def __init__(self, decoder: Decoder):
         if reason := why_not_packed(decoder):
             raise ValueError(f"PackedDecoder: {reason}")
-        self.decoder, self.config, self.versions = decoder, decoder.config, _versions(decoder)
+        self.decoder, self.config, self.prints = decoder, decoder.config, fingerprints(decoder)
+        known = _PACKED.get(decoder)
+        if known is None or known[0] != self.prints:
+            _PACKED.pop(decoder, None)   # its memory is free before the next copy is made
+            known = _PACKED[decoder] = (self.prints, *self._pack(decoder))
+        _, self.layers, self.head = known
+
+    def _pack(self, decoder: Decoder) -> tuple[list[_PackedLayer], Float[Tensor, "panels inputs column"]]:
         head = decoder.model.embed_tokens.weight if decoder.lm_head is None else decoder.lm_head.weight
         linear = [module.weight for module in decoder.model.modules() if isinstance(module, nn.Linear)]
         with torch.no_grad():
             panels = Panels(sum(-(-len(weight) // PANEL) * PANEL * weight.shape[1] for weight in [*linear, head]))
-            self.layers = [_PackedLayer(layer, self.config, panels) for layer in decoder.model.layers]
-            self.head = panels.add(head, per_input=decoder.model.norm.weight + self.config.norm_offset)
+            layers = [_PackedLayer(layer, self.config, panels) for layer in decoder.model.layers]
+            return layers, panels.add(head, per_input=decoder.model.norm.weight + self.config.norm_offset)
 
     def check_weights(self) -> None:
         "Raises RuntimeError if the decoder's weights were written to after packing."
-        if _versions(self.decoder) != self.versions:
+        if fingerprints(self.decoder) != self.prints:
             raise RuntimeError("PackedDecoder: the decoder's weights have changed since it was packed; pack it again")
 
     def step(self, token: int, cache: Cache) -> Float[Tensor, "vocabulary"]:
@@ -288,11 +306,6 @@ class PackedDecoder:
         cos, sin = (table[0, 0] for table in rope_table(torch.tensor([[position]]), self.config))
         swap = torch.arange(self.config.head_dim).roll(self.config.head_dim // 2)
         return torch.cat([cos, cos]), torch.cat([-sin, sin]), swap
-
-
-def _versions(module: nn.Module) -> list[int]:
-    "How often each parameter was written to in place."
-    return [-1 if parameter.is_inference() else parameter._version for parameter in module.parameters()]
 
 # %% ../../nbs/2_read/4_generate.ipynb #f2183ebd
 def why_not_packed(decoder) -> str | None:
