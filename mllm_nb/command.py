@@ -143,7 +143,8 @@ def run_doctor(arguments: argparse.Namespace) -> int:
 def tour_arguments(parser: argparse.ArgumentParser) -> None:
     "Options of `mllm tour`."
     parser.add_argument("systems", nargs="*", help="systems to train (default: all)")
-    parser.add_argument("--out", default="runs/tour", help="folder of report.html and results.json (default: runs/tour)")
+    parser.add_argument("--out", default="runs/tour",
+                        help="folder of report.html and results.json (default: runs/tour)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--questions", type=int, default=1000, help="held-out questions (default: 1000)")
 
@@ -158,7 +159,8 @@ def run_tour(arguments: argparse.Namespace) -> int:
 def part_arguments(parser: argparse.ArgumentParser) -> None:
     "Options of `mllm part`."
     parser.add_argument("name", choices=("language", "contrastive"), help="which part")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the run; the part is written to DIR/part")
+    parser.add_argument("--out", required=True, metavar="DIR",
+                        help="folder of the run; the part is written to DIR/part")
     parser.add_argument("--steps", type=int, help="instead of the recipe's number")
 
 
@@ -187,8 +189,10 @@ def chat_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="DIR", help="a model folder, such as runs/tour/llava/model")
     parser.add_argument("--image", required=True, help="a picture's path")
     parser.add_argument("--question", help="one question; without it, ask until an empty line")
-    parser.add_argument("--base", metavar="DIR", help="the language model's folder, for a projector alone or an adapter")
-    parser.add_argument("--vision-tower", metavar="DIR", help="the encoder's folder, where the model's files do not hold it")
+    parser.add_argument("--base", metavar="DIR",
+                        help="the language model's folder, for a projector alone or an adapter")
+    parser.add_argument("--vision-tower", metavar="DIR",
+                        help="the encoder's folder, where the model's files do not hold it")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--max-new-tokens", type=int, default=512)
 
@@ -218,9 +222,12 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--per-device", type=int, help="samples that fit into memory at once, instead of the recipe's")
     parser.add_argument("--learning-rate", type=float, help="instead of the recipe's")
     parser.add_argument("--steps", type=int, help="updates, instead of the recipe's epochs")
-    parser.add_argument("--skip-bad", action="store_true", help="leave out exactly the bad records listed, instead of stopping")
-    parser.add_argument("--base", metavar="DIR", help="the language model's folder, for a projector alone or an adapter")
-    parser.add_argument("--vision-tower", metavar="DIR", help="the encoder's folder, where the model's files do not hold it")
+    parser.add_argument("--skip-bad", action="store_true",
+                        help="leave out exactly the bad records listed, instead of stopping")
+    parser.add_argument("--base", metavar="DIR",
+                        help="the language model's folder, for a projector alone or an adapter")
+    parser.add_argument("--vision-tower", metavar="DIR",
+                        help="the encoder's folder, where the model's files do not hold it")
 
 
 def run_train(arguments: argparse.Namespace) -> int:

@@ -66,13 +66,16 @@ class Asked:
         "One card of the report."
         good = self.answer == self.wanted
         verdict = "right" if good else f"wrong: it is {html.escape(self.wanted)}"
-        return (f'<figure class="{"good" if good else "bad"}">{inline(self.image)}<figcaption>{html.escape(self.question)}<br>'
+        return (f'<figure class="{"good" if good else "bad"}">{inline(self.image)}'
+                f'<figcaption>{html.escape(self.question)}<br>'
                 f"<b>{html.escape(self.answer)}</b> <small>({verdict})</small></figcaption></figure>")
 
 # %% ../nbs/appendix/tour.ipynb #3852e144
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
-table{border-collapse:collapse}td,th{padding:.25rem .8rem;border-bottom:1px solid #ddd;text-align:right}th:first-child,td:first-child{text-align:left}
-.cards{display:flex;flex-wrap:wrap;gap:1rem}figure{margin:0;width:9.5rem;border-top:4px solid #009e73;padding-top:.3rem}figure.bad{border-color:#d55e00}
+table{border-collapse:collapse}td,th{padding:.25rem .8rem;border-bottom:1px solid #ddd;text-align:right}
+th:first-child,td:first-child{text-align:left}
+.cards{display:flex;flex-wrap:wrap;gap:1rem}figure{margin:0;width:9.5rem;border-top:4px solid #009e73}
+figure{padding-top:.3rem}figure.bad{border-color:#d55e00}
 figcaption{font-size:.85rem}small{color:#555}"""
 
 
@@ -83,26 +86,34 @@ def percent(value: float | None) -> str:
 
 def facts_table(results: dict[str, dict]) -> str:
     "One row per system."
-    head = ("system", "accuracy", "95 % interval", "chance", "text only", "blindfolded", "visual tokens", "parameters", "training")
+    head = ("system", "accuracy", "95 % interval", "chance", "text only", "blindfolded", "visual tokens", "parameters",
+            "training")
     rows = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in (
-        html.escape(name), percent(r["accuracy"]), " to ".join(map(percent, r["interval"])), percent(r["chance"]), percent(r["text_only"]),
-        percent(r["blindfolded"]), r["visual_tokens"], f"{r['parameters'] / 1e6:.2f} M", f"{r['train_seconds']:.0f} s")) + "</tr>"
+        html.escape(name), percent(r["accuracy"]), " to ".join(map(percent, r["interval"])), percent(r["chance"]),
+        percent(r["text_only"]),
+        percent(r["blindfolded"]), r["visual_tokens"], f"{r['parameters'] / 1e6:.2f} M",
+        f"{r['train_seconds']:.0f} s")) + "</tr>"
         for name, r in results.items())
     return f"<table><tr>{''.join(f'<th>{cell}</th>' for cell in head)}</tr>{rows}</table>"
 
 # %% ../nbs/appendix/tour.ipynb #678addaa
-def report(results: dict[str, dict], histories: dict[str, dict[str, History]], asked: dict[str, Sequence[Asked]]) -> str:
+def report(results: dict[str, dict], histories: dict[str, dict[str, History]],
+           asked: dict[str, Sequence[Asked]]) -> str:
     "The whole page as HTML."
     from mllm_nb.plots import accuracy_bars, learning_curves
-    curves = {f"{name}: {lesson}": history.rows for name, lessons in histories.items() for lesson, history in lessons.items()}
+    curves = {f"{name}: {lesson}": history.rows for name, lessons in histories.items() for lesson,
+              history in lessons.items()}
     first = next(iter(results.values()))
     bars = accuracy_bars({name: facts["by_category"] for name, facts in results.items()},
                          first["chance_by_category"], first["text_only_by_category"])
     answers = "".join(f"<h3>{html.escape(name)}</h3><div class=cards>{''.join(one.card() for one in some)}</div>"
                       for name, some in asked.items())
-    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>mllm_nb: the tour</title><style>{STYLE}</style>
-<h1>The tour</h1><p>Small multimodal models, trained on this machine a moment ago and examined with questions about pictures whose
-combinations never occurred in training. <i>Text only</i> answers without looking, <i>blindfolded</i> is the model with grey pictures.</p>
+    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>mllm_nb: the tour</title>
+<style>{STYLE}</style>
+<h1>The tour</h1>
+<p>Small multimodal models, trained on this machine a moment ago and examined with questions about pictures
+whose combinations never occurred in training. <i>Text only</i> answers without looking, <i>blindfolded</i> is the
+model with grey pictures.</p>
 {facts_table(results)}<h2>Learning</h2>{inline(learning_curves(curves))}
 <h2>Accuracy by category</h2>{inline(bars)}<h2>Answers</h2>{answers}</html>"""
 
@@ -122,8 +133,9 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 # %% ../nbs/appendix/tour.ipynb #a35738c5
-def run_tour(folder: str | Path = "runs/tour", names: Sequence[str] | None = None, seed: int = 0, questions: int = 1000, **changes) -> dict:
-    """Train and examine the systems (default: all), write report.html and results.json; returns what results.json holds.
+def run_tour(folder: str | Path = "runs/tour", names: Sequence[str] | None = None, seed: int = 0,
+             questions: int = 1000, **changes) -> dict:
+    """Train and examine the systems (default: all), write report.html and results.json; returns what the latter holds.
 
     `changes` go to each system's training function. Raises ValueError for an unknown name.
     """
@@ -136,11 +148,13 @@ def run_tour(folder: str | Path = "runs/tour", names: Sequence[str] | None = Non
     for name in names:
         say(f"{name}: training the miniature from the shipped parts")
         trained = known[name](folder / name, seed=seed, **changes)
-        say(f"{name}: trained in {trained.seconds:.0f} s; {questions} held-out questions, with open and with closed eyes")
+        say(f"{name}: trained in {trained.seconds:.0f} s; "
+            f"{questions} held-out questions, with open and with closed eyes")
         held_out = HeldOut.make(trained.processor, questions)
         examined = score(trained.model, held_out, guesser)
         say(f"{name}: {examined}")
-        results[name], histories[name], asked[name] = result(trained, examined), trained.histories, ask(trained, held_out)
+        results[name], histories[name], asked[name] = result(trained, examined), trained.histories, ask(trained,
+                                                                                                        held_out)
         trained.model.save_pretrained(folder / name / "model")
         trained.processor.tokenizer.save(folder / name / "model")
         (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -180,8 +180,8 @@ def cell_lengths(notebook: Notebook) -> Iterator[str]:
         if lines > limit:
             yield f"cell {index}: {lines} lines of code, at most {limit}"
         wide = max(map(len, source.split("\n")))
-        if wide > 160 and source != SETUP_CELL:
-            yield f"cell {index}: a line of {wide} characters, at most 160"
+        if wide > 120 and source != SETUP_CELL:
+            yield f"cell {index}: a line of {wide} characters, at most 120"
 
 
 def forbidden_code(notebook: Notebook) -> Iterator[str]:

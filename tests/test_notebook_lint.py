@@ -71,7 +71,7 @@ def found(rule, made: lint.Notebook) -> str:
     (lint.pictures, [HEAD], None, "0 pictures"),
     (lint.exercises, [HEAD, ("code", "#| exercise one\n...")], None, "1 exercises, at least 3"),
     (lint.cell_lengths, [("code", "x = 1\n" * 31)], None, "31 lines"),
-    (lint.cell_lengths, [("code", "x" * 161)], None, "161 characters"),
+    (lint.cell_lengths, [("code", "x" * 121)], None, "121 characters"),
     (lint.forbidden_code, [("code", "model.cuda()")], None, "device by name"),
     (lint.forbidden_code, [("code", "from torch import *")], None, "import *"),
     (lint.forbidden_code, [("code", "try:\n    f()\nexcept:\n    pass")], None, "bare except"),

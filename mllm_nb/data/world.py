@@ -169,7 +169,8 @@ def ask_relation(things: Sequence[Thing], rng: random.Random) -> Iterator[Questi
         return
     one, other = rng.sample(single, 2)
     across, down = other.column - one.column, other.row - one.row
-    words = [("left of", across > 0), ("right of", across < 0)] * bool(across) + [("above", down > 0), ("below", down < 0)] * bool(down)
+    words = [("left of", across > 0), ("right of", across < 0)] * bool(across) + [("above", down > 0),
+                                                                                  ("below", down < 0)] * bool(down)
     word, truth = spread(rng, words)
     yield Question("general", "relation", f"is the {one.shape} {word} the {other.shape}?", yes_no(truth), 2)
 
@@ -189,7 +190,7 @@ def ask_counts(things: Sequence[Thing], rng: random.Random) -> Iterator[Question
     yield Question("counting", "all", "how many things are there?", str(len(things)), 6)
     for field, values in (("shape", SHAPES), ("colour", COLOURS)):
         count = Counter(getattr(thing, field) for thing in things)
-        zero = rng.random() < .3                        # most values are absent: without this, 0 would be the safe guess
+        zero = rng.random() < .3                  # most values are absent: without this, 0 would be the safe guess
         options = [(value, count[value]) for value in values if count[value] < 4 and (zero or count[value])]
         if chosen := spread(rng, options):
             noun = f"{chosen[0]} shapes" if field == "shape" else f"{chosen[0]} things"
@@ -207,7 +208,7 @@ class Objects:
     @classmethod
     def sample(cls, rng: random.Random, columns: int = GRID, rows: int = GRID) -> "Objects":
         count = rng.choice((1, 2, 3, 4, 5, 6))
-        colours = rng.sample(list(COLOURS), rng.randint(1, 4))      # few values, so that things have something in common
+        colours = rng.sample(list(COLOURS), rng.randint(1, 4))   # few values, so that things have much in common
         shapes = rng.sample(SHAPES, rng.randint(1, 4))
         things = []
         for cell in sorted(rng.sample(range(rows * columns), count)):
@@ -236,7 +237,8 @@ class Objects:
         return [(thing.box(), f"{thing.size} {thing.colour} {thing.shape}") for thing in self.things]
 
     def questions(self, rng: random.Random) -> list[Question]:
-        return [question for ask in (ask_names, ask_relation, ask_existence, ask_counts) for question in ask(self.things, rng)]
+        return [question for ask in (ask_names, ask_relation, ask_existence, ask_counts)
+                for question in ask(self.things, rng)]
 
 # %% ../../nbs/5_data/1_world.ipynb #b908188d
 @dataclass(frozen=True)
@@ -275,7 +277,8 @@ class Sign:
         return found
 
     def questions(self, rng: random.Random) -> list[Question]:
-        texts = ["what does the sign say?"] if len(self.words) == 1 else ["what is the top word?", "what is the bottom word?"]
+        texts = ["what does the sign say?"] if len(self.words) == 1 else ["what is the top word?",
+                                                                          "what is the bottom word?"]
         return [Question("ocr", "word", text, word, len(WORDS)) for text, word in zip(texts, self.words)]
 
 # %% ../../nbs/5_data/1_world.ipynb #aa06fe25
@@ -401,7 +404,8 @@ class Program:
         return f"a program: {said}, print {' '.join(self.last)}.".lower()
 
     def regions(self) -> list[tuple[tuple, str]]:
-        return [(box, f"letter {c.lower()}") for text, top in self.lines() for box, c in zip(letter_boxes(text, self.left, top), text)]
+        return [(box, f"letter {c.lower()}") for text, top in self.lines() for box,
+                c in zip(letter_boxes(text, self.left, top), text)]
 
     def questions(self, rng: random.Random) -> list[Question]:
         value, name = dict(zip(self.names, self.values)), rng.choice(self.names)
@@ -473,7 +477,8 @@ class Circuit:
         pen.rectangle((18, 30, 110, 100), outline=ink, width=4)
         pen.ellipse((50 + shift, 84, 78 + shift, 112), fill=self.paper, outline=ink, width=4)
         pen.rectangle((44 + shift, 24, 84 + shift, 38), fill=self.paper)
-        pen.line((44 + shift, 31, 82 + shift, 31) if self.closed else (44 + shift, 31, 76 + shift, 8), fill=ink, width=4)
+        pen.line((44 + shift, 31, 82 + shift, 31) if self.closed else (44 + shift, 31, 76 + shift, 8), fill=ink,
+                 width=4)
         if self.battery:
             pen.rectangle((8, 48, 30, 82), fill=(60, 60, 60))
             pen.rectangle((14, 42, 24, 48), fill=(60, 60, 60))
@@ -550,7 +555,8 @@ class Magnets:
 
     @classmethod
     def sample(cls, rng: random.Random) -> "Magnets":
-        return cls(rng.choice("NS"), rng.choice("NS"), rng.choice(list(COLOURS)), rng.choice(PAPERS), rng.randint(20, 70))
+        return cls(rng.choice("NS"), rng.choice("NS"), rng.choice(list(COLOURS)), rng.choice(PAPERS),
+                   rng.randint(20, 70))
 
     def keys(self) -> list[tuple]:
         return [("magnets", self.first, self.second, self.colour, self.paper)]
@@ -579,7 +585,8 @@ OPPOSITES = (("hot", "cold"), ("big", "small"), ("up", "down"), ("left", "right"
 DAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
 PHRASINGS = {"opposite": ("what is the opposite of {0}?", "{0} is the opposite of what?", "name the opposite of {0}."),
              "day": ("what day comes {1} {0}?", "{1} {0} comes which day?", "name the day {1} {0}."),
-             "reading": ("a {0} {1} is {2} a {3} {4}. what color is the {1}?", "a {0} {1} is {2} a {3} {4}. what color is the {4}?")}
+             "reading": ("a {0} {1} is {2} a {3} {4}. what color is the {1}?",
+                         "a {0} {1} is {2} a {3} {4}. what color is the {4}?")}
 
 # %% ../../nbs/5_data/1_world.ipynb #ed7a9b49
 @dataclass(frozen=True)
@@ -685,7 +692,8 @@ class World:
         "Picture and conversation."
         picture, asked = self.picture(index)
         image = picture.draw()
-        return self.sample(index, "qa", () if image is None else (image,), dialogue(asked, "" if image is None else IMAGE))
+        return self.sample(index, "qa", () if image is None else (image,),
+                           dialogue(asked, "" if image is None else IMAGE))
 
     def caption(self, index: int) -> Sample:
         "Picture and description (for families without pictures, the conversation)."
@@ -800,7 +808,8 @@ def annotate(picture: Objects, task: str) -> tuple[Image.Image, Image.Image]:
 def film(rng: random.Random, frames: int = 4, things: int = 3) -> list[Image.Image]:
     "A moving scene: every thing keeps its direction and speed (in pixels a frame) and comes back in where it went out."
     picture = Objects.sample(rng)
-    moving = [(thing, rng.choice((-12, -6, 0, 6, 12)), rng.choice((-12, -6, 0, 6, 12))) for thing in picture.things[:things]]
+    moving = [(thing, rng.choice((-12, -6, 0, 6, 12)), rng.choice((-12, -6, 0, 6, 12)))
+              for thing in picture.things[:things]]
     images = []
     for frame in range(frames):
         image = Image.new("RGB", (SIDE, SIDE), picture.paper)

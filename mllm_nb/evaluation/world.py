@@ -29,7 +29,7 @@ def interval(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
 
 # %% ../../nbs/7_measure/1_world.ipynb #18dd4f9d
 def greedy_right(logits: torch.Tensor, labels: torch.Tensor) -> list[bool]:
-    "For each row: would greedy generation give exactly the labelled tokens? logits [rows, length, vocabulary], labels [rows, length]."
+    "For each row: would greedy generation give exactly the labelled tokens?"
     wanted = labels[:, 1:]
     chosen = logits[:, :-1].argmax(-1)
     return ((chosen == wanted) | (wanted == IGNORE)).all(1).tolist()
@@ -44,9 +44,10 @@ class HeldOut:
 
     @classmethod
     def make(cls, processor: Processor, count: int = 1000, seed: int = 0, split: str = "held_out") -> "HeldOut":
-        "`count` questions, one about each picture. The final test is seed 0; choose settings on another seed or on training."
+        "`count` questions, one about each picture. The final test is seed 0; choose settings on another seed."
         world = World(split, seed, count, questions=1)
-        return cls(processor, tuple(world.picture(i)[1][0] for i in range(count)), tuple(world[i] for i in range(count)))
+        return cls(processor, tuple(world.picture(i)[1][0] for i in range(count)),
+                   tuple(world[i] for i in range(count)))
 
     def examples(self, first: int, count: int) -> list[Example]:
         return [self.processor(sample) for sample in self.samples[first:first + count]]
@@ -60,7 +61,7 @@ def blindfold(batch: Batch) -> Batch:
 @torch.no_grad()
 def right_answers(model, held_out: HeldOut, change: Callable[[Batch], Batch] = lambda batch: batch,
                   rows: int = 100, plan=None) -> list[bool]:
-    "For every held-out question whether the model's greedy answer is right; `change` may alter each batch (see `blindfold`)."
+    "For every held-out question: is the model's greedy answer right? `change` may alter each batch (see `blindfold`)."
     from mllm_nb.device import device_plan
     plan, was_training, right = plan or device_plan(str(model.device)), model.training, []
     model.eval()
@@ -114,7 +115,8 @@ def score(model, held_out: HeldOut, guesser: Guesser, blind: bool = True, plan=N
 
 # %% ../../nbs/7_measure/1_world.ipynb #ac2688a2
 @torch.no_grad()
-def written_answers(model, processor: Processor, samples: Sequence[Sample], stop_ids: Sequence[int], longest: int = 24) -> list[str]:
+def written_answers(model, processor: Processor, samples: Sequence[Sample], stop_ids: Sequence[int],
+                    longest: int = 24) -> list[str]:
     "Greedy answers to the first question of each sample, as text."
     asked = [replace(sample, turns=sample.turns[:1]) for sample in samples]
     examples = [processor(sample, answer_pending=True) for sample in asked]
