@@ -4,12 +4,17 @@ import shutil
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("MPLBACKEND", "agg")  # figures without a screen
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# the same examples in every run, unless new ones are asked for: HYPOTHESIS_PROFILE=search
+hypothesis.settings.register_profile("steady", derandomize=True, deadline=None)
+hypothesis.settings.register_profile("search", deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
 
 
 def browser_path() -> str | None:
