@@ -158,7 +158,7 @@ def run_tour(arguments: argparse.Namespace) -> int:
 
 def part_arguments(parser: argparse.ArgumentParser) -> None:
     "Options of `mllm part`."
-    parser.add_argument("name", choices=("language", "contrastive"), help="which part")
+    parser.add_argument("name", choices=("language", "contrastive", "masked"), help="which part")
     parser.add_argument("--out", required=True, metavar="DIR",
                         help="folder of the run; the part is written to DIR/part")
     parser.add_argument("--steps", type=int, help="instead of the recipe's number")

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['TEXT', 'NEWLINE', 'FAMILY_OF', 'MOST_SCORES', 'splice', 'language_family', 'MLLMConfig', 'next_labels',
-           'supervised_loss', 'build_language', 'segment_positions', 'Output', 'in_dtype_of', 'MLLM', 'WeightsError',
-           'Weights', 'weight_files', 'read_json', 'read_weights', 'no_memory', 'published_names', 'shared_names',
-           'misfits', 'fit_weights', 'write_weights', 'save_pretrained', 'from_pretrained']
+           'supervised_loss', 'build_language', 'segment_positions', 'Output', 'in_dtype_of', 'Parts', 'MLLM',
+           'WeightsError', 'Weights', 'weight_files', 'read_json', 'read_weights', 'no_memory', 'published_names',
+           'shared_names', 'misfits', 'fit_weights', 'write_weights', 'save_pretrained', 'from_pretrained']
 
-# %% ../nbs/3_connect/5_mllm.ipynb #6278b6ce
+# %% ../nbs/3_connect/5_mllm.ipynb #7a1a4309
 import json
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .connectors.mlp import ProjectorConfig
+from .connectors.sva import Sight, SVAConfig, looking
 from .language.chat import IGNORE
 from .language.decoder import Decoder, DecoderConfig, TransformersDecoder, attention_mask
 from .language.generate import generate
@@ -47,9 +48,10 @@ def splice(words: Float[Tensor, "batch sequence width"], table: Float[Tensor, "r
                          "(the visual tokens of the views given)")
     return torch.where((image_index == TEXT)[..., None], words, F.embedding(rows, table))
 
-# %% ../nbs/3_connect/5_mllm.ipynb #5b42be98
+# %% ../nbs/3_connect/5_mllm.ipynb #80098fd2
 FAMILY_OF = {   # published model_type -> the language model's own model_type
     "llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_mpt": "mpt",
+    "cambrian_llama": "llama", "cambrian_mistral": "mistral", "cambrian_phi3": "phi3",
 }
 
 
@@ -74,7 +76,7 @@ def _language_fields(language: DecoderConfig | Mapping[str, Any]) -> dict[str, A
     experts = values.pop("num_experts")
     return values | ({"num_local_experts": experts} if experts else {})
 
-# %% ../nbs/3_connect/5_mllm.ipynb #d5bdbaaa
+# %% ../nbs/3_connect/5_mllm.ipynb #9937eb9c
 @dataclass(frozen=True)
 class MLLMConfig:
     """Everything a model is made of. `language` is a DecoderConfig for the book's decoder, or a mapping with
@@ -82,7 +84,7 @@ class MLLMConfig:
     """
     language: DecoderConfig | Mapping[str, Any]
     towers: tuple[TowerConfig, ...] = ()
-    connector: ProjectorConfig = ProjectorConfig()
+    connector: ProjectorConfig | SVAConfig = ProjectorConfig()
     model_type: str = "llava_llama"
     mm_patch_merge_type: str = "flat"
     image_aspect_ratio: str = "pad"
@@ -124,7 +126,15 @@ class MLLMConfig:
 DERIVED = {"mm_vision_tower", "mm_hidden_size", "mm_vision_select_layer", "mm_vision_select_feature",
            "mm_projector_type", "mllm_nb"}   # fields of config.json that towers and connector bring along
 
-# %% ../nbs/3_connect/5_mllm.ipynb #2a0188ce
+# %% ../nbs/3_connect/5_mllm.ipynb #7b63bd64
+def _read_connector(settings: Mapping[str, Any]) -> ProjectorConfig | SVAConfig:
+    "The connector's settings among a config.json's fields."
+    if settings.get("mm_projector_type") != "sva":
+        return ProjectorConfig(settings.get("mm_projector_type", "linear"))
+    names = {item.name for item in fields(SVAConfig)}
+    return SVAConfig(**{name: _tuples(settings[name]) for name in names if settings.get(name) is not None})
+
+# %% ../nbs/3_connect/5_mllm.ipynb #17ba5ba1
 def _read_config(cls, settings: Mapping[str, Any], towers, language: str | None) -> MLLMConfig:
     "The body of `MLLMConfig.from_dict`."
     nested = settings.get("mllm_nb", {})
@@ -133,8 +143,8 @@ def _read_config(cls, settings: Mapping[str, Any], towers, language: str | None)
         towers = [TowerConfig.from_dict(tower) for tower in nested.get("towers", ())]
     names = {item.name for item in fields(cls)} - {"language", "towers", "connector", "template", "other"}
     known = {name: _tuples(settings[name]) for name in names if settings.get(name) is not None}
-    connector = ProjectorConfig(settings.get("mm_projector_type", "linear"))
-    rest = {name: value for name, value in settings.items() if name not in names | DERIVED}
+    connector = _read_connector(settings)
+    rest = {name: value for name, value in settings.items() if name not in names | DERIVED | asdict(connector).keys()}
     if (language or nested.get("language", "transformers")) == "decoder":
         model = DecoderConfig.from_transformers(rest, family)
         rest = {name: value for name, value in rest.items() if name not in _language_fields(model)}
@@ -226,9 +236,9 @@ def _has_images(pixels: Sequence[Tensor | Features], image_index: Int[Tensor, "b
         raise ValueError(f"image_index: found {found} image places, expected none without pixels")
     return False
 
-# %% ../nbs/3_connect/5_mllm.ipynb #95e722e9
-class MLLM(nn.Module):
-    """Towers, connector and language model as one (LLaVA: Liu 2023, section 4.1).
+# %% ../nbs/3_connect/5_mllm.ipynb #d375c1d9
+class Parts(nn.Module):
+    """Towers, connector and language model of an `MLLM`, and the way from pixels to visual tokens.
 
     Parts that are given are used as they are; the others are built from `config` with random weights.
     """
@@ -242,50 +252,81 @@ class MLLM(nn.Module):
         widths = [tower.width for tower in self.towers]
         self.connector = config.connector.build(widths, width) if connector is None else connector
         self.image_newline = nn.Parameter(torch.randn(width) * width ** -0.5) if config.has_newline else None
+        self.vision_sampler_layers = config.connector.build_samplers(width) if self.looks_again else None
+
+    @property
+    def looks_again(self) -> bool:
+        "Do layers of the language model look at the pictures, too?"
+        return isinstance(self.config.connector, SVAConfig) and not self.config.connector.connector_only
 
     @property
     def device(self) -> torch.device:
         return next(self.language.parameters()).device
 
-    def features(self, pixels: Sequence[Tensor | Features]) -> list[Features]:
-        "What each tower sees in its views [views, channels, height, width]; finished `Features` are passed on."
+    def features(self, pixels: Sequence[Tensor | Features], image_sizes: Tensor | None = None) -> list[Features]:
+        """What each tower sees in its views [views, channels, height, width]; finished `Features` are passed on.
+        `image_sizes` [views, 2]: width and height before padding to a square, for connectors that mask the padding."""
         if len(pixels) != len(self.towers):
             raise ValueError(f"pixels: found {len(pixels)} tensors, expected one per tower ({len(self.towers)})")
-        return [views if isinstance(views, Features) else tower(views.to(next(tower.parameters()).dtype))
+        return [views if isinstance(views, Features) else tower(views.to(next(tower.parameters()).dtype), image_sizes)
                 for tower, views in zip(self.towers, pixels)]
 
-    def visual_table(self, pixels: Sequence[Tensor | Features]) -> Float[Tensor, "rows width"]:
+    def look(self, pixels: Sequence[Tensor | Features], image_sizes: Tensor | None = None) -> list[Features] | Sight:
+        "What the connector reads."
+        features = in_dtype_of(self.connector, self.features(pixels, image_sizes))
+        return self.connector.look(features) if isinstance(self.config.connector, SVAConfig) else features
+
+    def visual_table(self, pixels: Sequence[Tensor | Features] | Sight) -> Float[Tensor, "rows width"]:
         "Visual tokens of all views, one below the other, and a last row: the newline (zeros where there is none)."
         newline = torch.zeros(self.width, device=self.device) if self.image_newline is None else self.image_newline
-        tokens = self.connector(in_dtype_of(self.connector, self.features(pixels)))
+        tokens = self.connector(pixels if isinstance(pixels, Sight) else self.look(pixels))
         tokens = rearrange(tokens, "views tokens width -> (views tokens) width")
         return torch.cat([tokens, newline[None].to(tokens)])
+
+# %% ../nbs/3_connect/5_mllm.ipynb #7e9dc705
+class MLLM(Parts):
+    "A multimodal language model (LLaVA: Liu 2023, section 4.1)."
+    @contextmanager
+    def reading(self, input_ids: Int[Tensor, "batch sequence"], pixels: Sequence[Tensor | Features] = (),
+                image_index: Int[Tensor, "batch sequence"] | None = None, image_sizes: Tensor | None = None):
+        "Gives the embeddings; while inside, samplers work in the language model, if there are any."
+        words = self.language.embed(input_ids.clamp(min=0))
+        if not _has_images(pixels, image_index):
+            yield words
+            return
+        seen = self.look(pixels, image_sizes)
+        embeddings = splice(words, self.visual_table(seen).to(words.dtype), image_index)
+        samplers = (self.language, self.vision_sampler_layers, self.config.connector, seen, image_index)
+        with looking(*samplers) if self.looks_again else nullcontext():
+            yield embeddings
 
     def embed(self, input_ids: Int[Tensor, "batch sequence"], pixels: Sequence[Tensor | Features] = (),
               image_index: Int[Tensor, "batch sequence"] | None = None) -> Float[Tensor, "batch sequence width"]:
         "Word vectors, with visual tokens in the slots of `image_index` (see `splice`); ids in the slots are ignored."
-        words = self.language.embed(input_ids.clamp(min=0))
-        if not _has_images(pixels, image_index):
-            return words
-        return splice(words, self.visual_table(pixels).to(words.dtype), image_index)
+        with self.reading(input_ids, pixels, image_index) as embeddings:
+            return embeddings
 
-    def forward(self, input_ids, pixels=(), image_index=None, segments=None, positions=None, labels=None, logits=False):
+    def forward(self, input_ids, pixels=(), image_index=None, segments=None, positions=None, labels=None, logits=False,
+                image_sizes=None):
         """An Output: hidden states; with `labels` the loss; with `logits=True` all scores. `segments`: 0 padding,
         1, 2, ... packed samples (None: every row is one whole sample). Text alone: without `pixels`, no tower runs."""
         mask = None if segments is None else attention_mask(segments)
         if positions is None and segments is not None:
             positions = segment_positions(segments)
-        hidden = self.language.hidden(self.embed(input_ids, pixels, image_index), mask, positions)
+        with self.reading(input_ids, pixels, image_index, image_sizes) as embeddings:
+            hidden = self.language.hidden(embeddings, mask, positions)
         loss = tokens = None
         if labels is not None:
             loss, tokens = supervised_loss(self.language, hidden, next_labels(labels, segments))
         return Output(hidden, loss, tokens, self.language.logits(hidden) if logits else None)
 
     @torch.no_grad()
-    def generate(self, input_ids, pixels=(), image_index=None, segments=None, **settings) -> list[list[int]]:
+    def generate(self, input_ids, pixels=(), image_index=None, segments=None, image_sizes=None, **settings
+                 ) -> list[list[int]]:
         "New token ids of every row (padded on the left, segment 0); `settings` go to `language.generate.generate`."
         mask = None if segments is None else segments > 0
-        return generate(self.language, embeddings=self.embed(input_ids, pixels, image_index), mask=mask, **settings)
+        with self.reading(input_ids, pixels, image_index, image_sizes) as embeddings:
+            return generate(self.language, embeddings=embeddings, mask=mask, **settings)
 
 # %% ../nbs/3_connect/5_mllm.ipynb #1951bacb
 class WeightsError(ValueError):

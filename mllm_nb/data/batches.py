@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TEXT', 'NEWLINE', 'TOO_LONG', 'INTEGER_FIELDS', 'show_rows', 'pack_plain', 'RoomTree', 'pack', 'check_fit',
            'Expanded', 'expand_images', 'Example', 'TooLong', 'Place', 'expanded_length', 'turns_that_fit', 'Processor',
-           'token_roles', 'Sizes', 'measure', 'UnsupervisedError', 'Batch', 'collate', 'BatchSettings', 'GlobalBatch',
-           'plan_epoch', 'show_plan', 'Batches']
+           'token_roles', 'Sizes', 'measure', 'UnsupervisedError', 'Batch', 'collate', 'join_sizes', 'BatchSettings',
+           'GlobalBatch', 'plan_epoch', 'show_plan', 'Batches']
 
 # %% ../../nbs/5_data/3_batches.ipynb #8108b47e
 import json, zlib
@@ -166,7 +166,7 @@ def expand_images(
         out.image_index.extend(places)
     return out
 
-# %% ../../nbs/5_data/3_batches.ipynb #afb1ecdc
+# %% ../../nbs/5_data/3_batches.ipynb #7c0937b7
 @dataclass(frozen=True, eq=False)
 class Example:
     "A sample as the model reads it, alone: rows of the visual table are counted from the sample's own first view."
@@ -178,6 +178,7 @@ class Example:
     pixels: tuple[Float[Tensor, "views 3 height width"], ...]    # one for each tower
     rows: int = 0                                          # rows of the visual table that its views give
     dropped_turns: int = 0                                 # turns left out because the sample was too long
+    image_sizes: tuple[tuple[int, int], ...] = ()          # (width, height) of each view, where padding counts
 
     def __len__(self) -> int: return len(self.input_ids)
     @property
@@ -300,7 +301,8 @@ def process(processor: Processor, sample: Sample, answer_pending: bool = False) 
     end = processor.max_length if processor.too_long == "cut" else None
     tensors = (torch.tensor(values[:end], dtype=torch.long) for values in expanded)
     pixels = tuple(see(images[:used], settings) for settings in processor.preprocess)
-    return Example(sample.id, sample.name, *tensors, pixels, sum(rows), len(sample.turns) - kept)
+    sizes = tuple(image.size for image in images[:used]) if processor.layout == "unpad" else ()
+    return Example(sample.id, sample.name, *tensors, pixels, sum(rows), len(sample.turns) - kept, sizes)
 
 # %% ../../nbs/5_data/3_batches.ipynb #9f466375
 def see(images: Sequence[Image.Image], settings: Preprocess) -> Float[Tensor, "views 3 height width"]:
@@ -359,7 +361,7 @@ def measure(dataset: Sequence[Sample] | Sequence[Example], processor: Processor 
 class UnsupervisedError(ValueError):
     "A batch in which no token has a label: its loss would be 0/0."
 
-# %% ../../nbs/5_data/3_batches.ipynb #5a5add52
+# %% ../../nbs/5_data/3_batches.ipynb #0cb1ba5e
 @dataclass(frozen=True, eq=False)
 class Batch:
     "Rows of packed samples in static shapes. `segments`: 0 is padding, 1, 2, ... number a row's samples."
@@ -371,12 +373,14 @@ class Batch:
     pixels: tuple[Float[Tensor, "views 3 height width"], ...]    # one for each tower
     ids: tuple[tuple[str, ...], ...]                             # of the samples, row by row
     names: tuple[tuple[str, ...], ...]                           # the same, as messages call them
+    image_sizes: Int[Tensor, "views 2"] | None = None            # (width, height) before padding, where padding counts
 
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> "Batch":
         "The batch on a device; `dtype` is for the pixels alone."
         def move(value: Tensor) -> Tensor: return value.to(device, non_blocking=True)
         return replace(self, **{name: move(getattr(self, name)) for name in INTEGER_FIELDS},
-                       pixels=tuple(move(pixels).to(dtype or pixels.dtype) for pixels in self.pixels))
+                       pixels=tuple(move(pixels).to(dtype or pixels.dtype) for pixels in self.pixels),
+                       image_sizes=None if self.image_sizes is None else move(self.image_sizes))
 
     @property
     def supervised(self) -> int:
@@ -389,8 +393,10 @@ class Batch:
 
     def model_inputs(self) -> dict[str, Any]:
         "What the model's `forward` takes; without views no pixels, so that no tower runs."
-        seen = any(map(len, self.pixels))
-        return {name: getattr(self, name) for name in INTEGER_FIELDS} | {"pixels": self.pixels if seen else ()}
+        inputs = {name: getattr(self, name) for name in INTEGER_FIELDS} | {"pixels": ()}
+        if any(map(len, self.pixels)):
+            inputs |= {"pixels": self.pixels} | ({} if self.image_sizes is None else {"image_sizes": self.image_sizes})
+        return inputs
 
     def require_supervised(self) -> "Batch":
         "The batch itself; UnsupervisedError, naming its records, if no token gives loss."
@@ -401,7 +407,7 @@ class Batch:
 # %% ../../nbs/5_data/3_batches.ipynb #5ff3a517
 INTEGER_FIELDS = ("input_ids", "labels", "image_index", "segments", "positions")
 
-# %% ../../nbs/5_data/3_batches.ipynb #8e0aac62
+# %% ../../nbs/5_data/3_batches.ipynb #538a3e98
 def collate(
     rows: Sequence[Sequence[Example]],       # the samples of each row; an empty row is all padding
     length: int,                             # tokens of a row
@@ -422,7 +428,8 @@ def collate(
         for number, example in enumerate(row, 1):
             write_example(fields, r, at, number, example, first_row)
             at, first_row = at + len(example), first_row + example.rows
-    return Batch(**fields, pixels=join_pixels(examples, views), ids=tuple(tuple(e.id for e in row) for row in rows),
+    return Batch(**fields, pixels=join_pixels(examples, views), image_sizes=join_sizes(examples, views),
+                 ids=tuple(tuple(e.id for e in row) for row in rows),
                  names=tuple(tuple(e.name for e in row) for row in rows))
 
 # %% ../../nbs/5_data/3_batches.ipynb #0a592786
@@ -446,6 +453,13 @@ def join_pixels(examples: Sequence[Example], views: int | None) -> tuple[Tensor,
         padding = tower[0].new_zeros(views - found if views is not None else 0, *tower[0].shape[1:])
         joined.append(torch.cat([*tower, padding]))
     return tuple(joined)
+
+# %% ../../nbs/5_data/3_batches.ipynb #d1c2e0ca
+def join_sizes(examples: Sequence[Example], views: int | None) -> Int[Tensor, "views 2"] | None:
+    "The sizes of all pictures in order, filled up like the pixels with squares; None where nobody asks for them."
+    sizes = [size for example in examples for size in example.image_sizes]
+    if not sizes: return None
+    return torch.tensor(sizes + [(1, 1)] * (0 if views is None else views - len(sizes)))
 
 # %% ../../nbs/5_data/3_batches.ipynb #fe9e4ba7
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from pkgutil import resolve_name
 
 import numpy as np
 import torch
@@ -217,7 +218,8 @@ class Phase:
 
 LANGUAGE_PHASES = (Phase(6000, 3e-3), Phase(1200, 1.5e-3, Lines(retold=.35)),
                    Phase(1650, 2e-3, Lines(retold=.35, telegrams=.6)),
-                   Phase(1800, 2e-3, Lines(.35, .6, FAMILIES | {Chart: .26, Program: .24})))
+                   Phase(1800, 2e-3, Lines(.35, .6, FAMILIES | {Chart: .26, Program: .24})),
+                   Phase(2000, 2e-3, Lines(.35, .6, FAMILIES | {Chart: .20, Program: .16})))
 
 # %% ../../nbs/6_train/6_miniatures.ipynb #c9cbd564
 def pretrain_language(folder: str | Path, phases: Sequence[Phase] = LANGUAGE_PHASES, seed: int = 0,
@@ -362,14 +364,18 @@ def rebuild_contrastive(folder: Path, target: Path, steps: int | None) -> None:
     vit = pretrain_contrastive(folder, steps or 2000)
     Tower(TowerConfig("contrastive", vit.config, MINIATURE_IMAGES), vit).half().save_pretrained(target)
 
-
-BUILDERS = {"language": rebuild_language, "contrastive": rebuild_contrastive}   # part -> (run folder, target, steps)
+# %% ../../nbs/6_train/6_miniatures.ipynb #b0439298
+BUILDERS = {   # part -> function of the run's folder, the part's folder and the number of steps (None: the recipe's)
+    "language": "mllm_nb.training.miniatures:rebuild_language",
+    "contrastive": "mllm_nb.training.miniatures:rebuild_contrastive",
+    "masked": "mllm_nb.training.encoders:rebuild_masked",
+}
 
 
 def rebuild_part(name: str, folder: str | Path, steps: int | None = None) -> Path:
     "Train a shipped part anew; `steps` shortens the recipe. The part is written to `folder`/part in fp16."
     target = Path(folder) / "part"
-    BUILDERS[name](Path(folder), target, steps)
+    resolve_name(BUILDERS[name])(Path(folder), target, steps)
     return target
 
 # %% ../../nbs/6_train/6_miniatures.ipynb #85cdf32c
@@ -396,7 +402,7 @@ class Lesson:
 
 
 ALIGN = Lesson("align", "plain", 100, 5e-3, 4e-2, CONNECTOR)
-TUNE = Lesson("tune", "miniature", 330, 1.5e-3, 7.5e-3, f"{CONNECTOR}|{LANGUAGE}")
+TUNE = Lesson("tune", "miniature", 220, 1.5e-3, 7.5e-3, f"{CONNECTOR}|{LANGUAGE}")
 
 # %% ../../nbs/6_train/6_miniatures.ipynb #68f1ae0f
 def miniature_processor(tokenizer: BPETokenizer, towers: Sequence[Tower] = (), template: str = "miniature",
