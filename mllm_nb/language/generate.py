@@ -46,10 +46,13 @@ class Sampling:
     top_k: int | None = None      # only the k best tokens stay
     top_p: float | None = None    # only the best tokens that hold this probability together stay
     seed: int | None = None       # None: drawn from torch's global generator
+    below: int | None = None      # only ids below this: LVM's picture words, and not the special ids behind them
 
     def __post_init__(self):
         if self.temperature < 0:
             raise ValueError(f"Sampling.temperature: found {self.temperature}, expected 0 (greedy) or more")
+        if self.below is not None and self.below < 1:
+            raise ValueError(f"Sampling.below: found {self.below}, expected at least 1")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"Sampling.top_k: found {self.top_k}, expected at least 1")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -87,6 +90,7 @@ def choose(
     logits: Float[Tensor, "batch vocabulary"], sampling: Sampling, generator: torch.Generator | None = None,
 ) -> Int[Tensor, "batch"]:
     "The next token of every row."
+    logits = logits[:, :sampling.below]
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
     return next_token_probabilities(logits, sampling).multinomial(1, generator=generator)[:, 0]

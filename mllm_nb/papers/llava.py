@@ -220,12 +220,14 @@ def assemble(settings: Mapping[str, Any], weights: Weights, tower: Tower, *, lan
     return model.eval()
 
 # %% ../../nbs/9_papers/1_llava.ipynb #85a041f8
-def manifest_shapes(keys: Mapping[str, list[int]], layers: int) -> dict[str, tuple[int, ...]]:
+def manifest_shapes(keys: Mapping[str, list[int]], layers: int, first: str = ".layers.0."
+                    ) -> dict[str, tuple[int, ...]]:
     "All names and shapes of a manifest that lists only the first and the last of its repeated layers."
     shapes = {}
     for key, shape in keys.items():
-        if ".layers.0." in key:
-            shapes |= {key.replace(".layers.0.", f".layers.{number}."): tuple(shape) for number in range(layers)}
+        if first in key:
+            others = (first.replace(".0.", f".{number}.") for number in range(layers))
+            shapes |= {key.replace(first, other): tuple(shape) for other in others}
     return shapes | {key: tuple(shape) for key, shape in keys.items()}
 
 # %% ../../nbs/9_papers/1_llava.ipynb #4262769e
