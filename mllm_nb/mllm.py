@@ -32,7 +32,7 @@ from .language.chat import IGNORE
 from .language.decoder import Decoder, DecoderConfig, TransformersDecoder, attention_mask
 from .language.generate import generate
 from .vision.towers import Features, Tower, TowerConfig
-from .vision.vit import published_name
+from .vision.vit import ViT, published_name
 
 # %% ../nbs/3_connect/5_mllm.ipynb #73cd21fa
 TEXT, NEWLINE = -1, -2   # image_index: "a word stands here", "the table's last row stands here"
@@ -401,7 +401,7 @@ def no_memory():
     finally:
         nn.Module.register_parameter = register
 
-# %% ../nbs/3_connect/5_mllm.ipynb #00beaf98
+# %% ../nbs/3_connect/5_mllm.ipynb #070a1b77
 def published_names(model: MLLM) -> dict[str, str]:
     "Our name of every weight -> its name in a published file."
     wrapped = "language.lm." if isinstance(model.language, TransformersDecoder) else "language."
@@ -411,7 +411,7 @@ def published_names(model: MLLM) -> dict[str, str]:
     for name in model.state_dict():
         if name.startswith("language."):
             names[name] = name.removeprefix(wrapped)
-        elif name.startswith("towers.0.vit.") and len(model.towers) == 1:
+        elif name.startswith("towers.0.vit.") and len(model.towers) == 1 and isinstance(model.towers[0].vit, ViT):
             names[name] = eye + published_name(name.removeprefix("towers.0.vit."), model.towers[0].config.vit)
         else:   # the connector, the newline; several towers have no published form in common and keep our names
             names[name] = name if name.startswith("towers.") else trunk + name.removeprefix("connector.")

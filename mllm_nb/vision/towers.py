@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LAYOUTS', 'Features', 'padding_mask', 'interpolate_grid', 'square_side', 'interpolate_tokens', 'merge_stages',
-           'TowerConfig', 'Tower', 'image_layout']
+           'TowerConfig', 'build_encoder', 'Tower', 'image_layout']
 
 # %% ../../nbs/1_see/4_towers.ipynb #5a70a710
 import json
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..images import Preprocess, unpad_box
+from .convnext import ConvNeXt, ConvNeXtConfig, load_convnext_state
 from .vit import ViT, ViTConfig, load_transformers_state, resize_positions
 
 # %% ../../nbs/1_see/4_towers.ipynb #861eede8
@@ -99,17 +100,17 @@ def merge_stages(
     pattern = "views channels height width -> views height width channels"
     return torch.cat([interpolate_grid(rearrange(stage, pattern), side) for stage in stages], dim=-1)
 
-# %% ../../nbs/1_see/4_towers.ipynb #862c221d
+# %% ../../nbs/1_see/4_towers.ipynb #ea470bb1
 @dataclass(frozen=True)
 class TowerConfig:
-    """An encoder and how it is used.
+    """An encoder (`vit`: a ViT, or a ConvNeXt, which has no layers or class token to select) and how it is used.
 
     select_layer counts as transformers' hidden_states (None: the last hidden state, after the final norm where
     the encoder has one); select_feature is 'patch' or 'cls_patch'; token_count: None = the encoder's own grid,
     else a square number of cells.
     """
     name: str = "vit"
-    vit: ViTConfig = ViTConfig()
+    vit: ViTConfig | ConvNeXtConfig = ViTConfig()
     preprocess: Preprocess = Preprocess()
     select_layer: int | None = -2
     select_feature: str = "patch"
@@ -127,7 +128,7 @@ class TowerConfig:
         "Cells along a side of the feature grid of one view."
         if self.token_count is not None:
             return square_side(self.token_count)
-        return self.preprocess.side // self.vit.patch_size
+        return replace(self.vit, image_size=self.preprocess.side).grid
 
     @property
     def extra_tokens(self) -> int:
@@ -147,25 +148,31 @@ class TowerConfig:
     def from_dict(cls, values: dict) -> "TowerConfig":
         "The inverse of `to_dict`, also after a round through JSON, where tuples have become lists."
         prepare = {name: _frozen(value) for name, value in values["preprocess"].items()}
-        return cls(**{**values, "vit": ViTConfig(**values["vit"]), "preprocess": Preprocess(**prepare)})
+        encoder = {name: _frozen(value) for name, value in values["vit"].items()}
+        kind = ConvNeXtConfig if "depths" in encoder else ViTConfig
+        return cls(**{**values, "vit": kind(**encoder), "preprocess": Preprocess(**prepare)})
 
 # %% ../../nbs/1_see/4_towers.ipynb #e17d4199
 def _frozen(value: object) -> object:
     "Lists, also nested ones, as tuples."
     return tuple(_frozen(item) for item in value) if isinstance(value, (list, tuple)) else value
 
-# %% ../../nbs/1_see/4_towers.ipynb #106fa1f0
+# %% ../../nbs/1_see/4_towers.ipynb #f5326475
+def build_encoder(config: ViTConfig | ConvNeXtConfig) -> ViT | ConvNeXt:
+    "The encoder of these settings, with random weights."
+    return ConvNeXt(config) if isinstance(config, ConvNeXtConfig) else ViT(config)
+
+# %% ../../nbs/1_see/4_towers.ipynb #941d18e3
 class Tower(nn.Module):
     "A frozen encoder that turns preprocessed views into `Features`; `unfreeze()` lets it learn."
 
-    def __init__(self, config: TowerConfig, vit: ViT | None = None):
+    def __init__(self, config: TowerConfig, vit: ViT | ConvNeXt | None = None):
         super().__init__()
-        self.vit = ViT(config.vit) if vit is None else vit
+        self.vit = build_encoder(config.vit) if vit is None else vit
         side = config.preprocess.side
-        if self.vit.config.grid != side // config.vit.patch_size:
+        if isinstance(self.vit, ViT) and self.vit.config.grid != side // config.vit.patch_size:
             resize_positions(self.vit, side)
-        # 384 and 378 pixels have the same 27 patches of 14: no resampling, but another size to expect
-        self.vit.config = replace(self.vit.config, image_size=side)
+        self.vit.config = replace(self.vit.config, image_size=side)   # 384 or 378 pixels: both are 27 patches of 14
         self.config = replace(config, vit=self.vit.config)
         self.freeze()
 
@@ -195,6 +202,10 @@ class Tower(nn.Module):
     ) -> Features:
         "`image_sizes` = (width, height) of each picture before padding to a square; None: every cell counts."
         config = self.config
+        if not isinstance(self.vit, ViT):   # a ConvNeXt: every stage resampled once, straight to the wanted grid
+            stages = self.vit(pixels)
+            grid = merge_stages(stages, config.grid if config.token_count else stages[0].shape[-1])
+            return Features(grid, padding_mask(grid, image_sizes))
         hidden = self.vit.hidden_state(pixels, config.select_layer)
         cells, rows = hidden[:, config.vit.extra_tokens :], pixels.shape[-2] // config.vit.patch_size
         grid = rearrange(cells, "views (height width) channels -> views height width channels", height=rows)
@@ -212,7 +223,7 @@ class Tower(nn.Module):
         "Write config.json and model.safetensors."
         _save_tower(self, Path(folder))
 
-# %% ../../nbs/1_see/4_towers.ipynb #f3729e7d
+# %% ../../nbs/1_see/4_towers.ipynb #4525b067
 def _read_json(path: Path) -> dict:
     "A JSON file, or an error that names it."
     try:
@@ -225,6 +236,8 @@ def _read_json(path: Path) -> dict:
 def read_safetensors(folder: Path) -> dict[str, Tensor]:
     "All tensors of a checkpoint folder: model.safetensors, or the shards of its index. Pickles are refused."
     index, names, state = folder / "model.safetensors.index.json", ["model.safetensors"], {}
+    if (folder / "open_clip_model.safetensors").exists():
+        names = ["open_clip_model.safetensors"]
     if index.exists():
         names = sorted(set(_read_json(index)["weight_map"].values()))
     for name in names:
@@ -238,32 +251,42 @@ def read_safetensors(folder: Path) -> dict[str, Tensor]:
             raise ValueError(f"{folder / name}: damaged ({error})") from None
     return state
 
-# %% ../../nbs/1_see/4_towers.ipynb #45f32fff
+# %% ../../nbs/1_see/4_towers.ipynb #1e5f7a10
 _OURS = "mllm_nb_tower"  # model_type of our own folders
+_OPEN_CLIP = "open_clip_config.json"
 
 def _tower_config(folder: Path) -> TowerConfig:
     "The settings of a folder: our own, or a published encoder's with its preprocessor_config.json."
+    if not (folder / "config.json").exists() and (folder / _OPEN_CLIP).exists():
+        settings = _read_json(folder / _OPEN_CLIP)
+        vit, colors = ConvNeXtConfig.from_transformers(settings), settings.get("preprocess_cfg", {})
+        known = {name: tuple(colors[name]) for name in ("mean", "std") if name in colors}
+        return TowerConfig(folder.name, vit, Preprocess(size=vit.image_size, **known))
     settings = _read_json(folder / "config.json")
     if settings.get("model_type") == _OURS:
         del settings["model_type"]
         return TowerConfig.from_dict(settings)
+    if settings.get("model_type") == "convnext":
+        prepare = Preprocess.from_json(_read_json(folder / "preprocessor_config.json"))
+        return TowerConfig(folder.name, ConvNeXtConfig.from_transformers(settings), prepare)
     vit = ViTConfig.from_transformers(settings)
     prepare = Preprocess.from_json(_read_json(folder / "preprocessor_config.json"))
     # CLIP's last layer serves its class token alone; the others' last hidden state is meant to be read
     return TowerConfig(folder.name, vit, prepare, select_layer=None if vit.norm_tokens else -2)
 
-# %% ../../nbs/1_see/4_towers.ipynb #a85cb832
+# %% ../../nbs/1_see/4_towers.ipynb #cb2b10ff
 def _load_tower(folder: Path, changes: dict) -> Tower:
     "Settings and weights; positions are resampled where the preparation asks for another image size."
     config, state = _tower_config(folder), read_safetensors(folder)
     with torch.device("meta"):  # no time for random numbers that are overwritten
-        vit = ViT(config.vit)
+        vit = build_encoder(config.vit)
     vit.to_empty(device="cpu")
+    load = load_convnext_state if isinstance(vit, ConvNeXt) else load_transformers_state
     try:
         if state.keys() == vit.state_dict().keys():
             vit.load_state_dict(state)
         else:
-            load_transformers_state(vit, state)
+            load(vit, state)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{folder}: {error}") from None
     return Tower(replace(config, **changes), vit)
