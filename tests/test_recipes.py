@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from mllm_nb.language.chat import TEMPLATES
 from mllm_nb.training import loop
 from mllm_nb.training.recipes import (
     PARTS,
@@ -43,10 +44,37 @@ def test_published_figures(name, stage, batch, rate, epochs, tokens, template):
     assert found.per_device_batch * found.devices == batch
 
 
+@pytest.mark.parametrize("size, batch, rate, template", [
+    ("8b", 512, 4e-5, "cambrian/llama_3"), ("13b", 512, 4e-5, "v1"), ("34b", 1024, 2e-5, "cambrian/chatml_direct")])
+def test_cambrians_figures(size, batch, rate, template):
+    align, tune = find_recipe(f"cambrian-{size}").stages
+    assert (align.global_batch, align.learning_rate, align.warmup_ratio, align.examples) == (batch, 1e-3, 0.06, 2_500_000)
+    assert (tune.global_batch, tune.learning_rate, tune.warmup_ratio, tune.examples) == (batch, rate, 0.03, 7_000_000)
+    assert align.template == tune.template == template and template in TEMPLATES
+    assert align.per_device_batch * align.devices == tune.per_device_batch * tune.devices == batch
+    assert align.source.endswith(f"pretrain_cambrian_{size}.sh") and tune.source.endswith(f"finetune_cambrian_{size}.sh")
+
+
+def test_cambrians_aggregator_learns_at_its_own_rate():
+    from mllm_nb.papers.cambrian import assemble_miniature
+    model = assemble_miniature(queries=16, samplers=1)[0]
+    align, tune = find_recipe("cambrian-8b").stages
+    with loop.prepared(model, training_config(align).groups):
+        groups = loop.parameter_groups(model, training_config(align))
+        rates = {name: group["peak"] for group in groups for name in group["names"]}
+    slow = {name for name, rate in rates.items() if rate == 1e-4}
+    assert slow == {name for name in rates if "vision_query" in name or "vision_sampler" in name}
+    assert {name for name in rates if "mm_projector" in name} == {name for name, rate in rates.items() if rate == 1e-3}
+    with loop.prepared(model, training_config(tune).groups):
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, _ in model.named_parameters() if not name.startswith("towers.")}
+
+
 def test_every_recipe_aligns_first_and_names_its_source():
     for recipe in RECIPES.values():
         first, second = recipe.stages
-        assert first.trains == ("connector",) and "connector" in second.trains
+        assert set(first.trains) <= {"connector", "aggregator"} and {"connector", "language_model"} & set(second.trains)
+        assert "connector" in first.trains and "connector" in second.trains
         assert recipe.paper.startswith("https://arxiv.org/abs/") and all(stage.source for stage in recipe.stages)
         json.dumps(asdict(recipe))
 
@@ -87,10 +115,11 @@ class Parts(nn.Module):
         self.language = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
         self.language[0].lora_A = nn.Linear(2, 1)
         self.language[0].lora_B = nn.Linear(1, 2)
+        self.vision_sampler_layers = nn.ModuleList([nn.Linear(2, 2)])
 
     def forward(self, batch):
         inner = self.language[0]
-        hidden = self.connector(self.towers[0](batch))
+        hidden = self.vision_sampler_layers[0](self.connector(self.towers[0](batch)))
         return self.language[1](inner(hidden) + inner.lora_B(inner.lora_A(hidden))).square().mean()
 
 
@@ -133,5 +162,6 @@ def test_miniatures_keep_what_makes_the_stage():
 def test_the_table_has_a_line_for_every_stage():
     lines = recipe_table().splitlines()
     assert len(lines) == 2 + len(STAGES)
-    assert "bakllava-1" in lines[-1] and "8000" in lines[-1] and "5,196" in lines[-1]
+    last = [line for line in lines if "bakllava-1" in line][-1]
+    assert "8000" in last and "5,196" in last
     assert math.ceil(665_000 / 128) == 5196

@@ -18,10 +18,11 @@ from .loop import ParameterGroup, TrainingConfig
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# %% ../../nbs/6_train/2_recipes.ipynb #27b5c700
+# %% ../../nbs/6_train/2_recipes.ipynb #d979ebf0
 # which parameters belong to which part of an `MLLM`, as patterns for ParameterGroup
 PARTS = {
     "vision_tower": "towers.*",
+    "aggregator": "connector.vision_query|connector.vision_sampler*|vision_sampler_layers.*",   # name it before:
     "connector": "connector.*|image_newline",
     "language_model": "language.*",
     "adapters": "*lora_A*|*lora_B*",
@@ -82,6 +83,8 @@ class Recipe:
 _LCS, _CLIP, _CLIP_336 = "blip_laion_cc_sbu_558k", "openai/clip-vit-large-patch14", "openai/clip-vit-large-patch14-336"
 _V1, _V15 = "https://arxiv.org/abs/2304.08485", "https://arxiv.org/abs/2310.03744"
 _LIGHTNING = "LLaVA scripts/train_lightning.sh"
+_CAMBRIAN = "https://arxiv.org/abs/2406.16860"
+_FOUR = "SigLIP-SO400M/14-384, CLIP-L/14-336, DINOv2-giant/14-378, ConvNeXt-XXL-1024"
 
 _ALIGN_V1 = Stage(
     "pretrain", "LLaVA-CC3M-Pretrain-595K", 595_000, 128, 2e-3, ("connector",), "plain",
@@ -121,7 +124,26 @@ _SCIENCE = Stage(
     "LLaVA scripts/finetune_sqa.sh", epochs=12,
     note="the first release used 4 x 8 and a Vicuna v0; the command leaves the template open, v1 is Vicuna 1.3's")
 
-# %% ../../nbs/6_train/2_recipes.ipynb #4dca75a2
+# %% ../../nbs/6_train/2_recipes.ipynb #a2ea80dd
+_ALIGN_CAMBRIAN = Stage(
+    "pretrain", "Cambrian alignment 2.5M", 2_500_000, 512, 1e-3, ("aggregator", "connector"), "cambrian/llama_3",
+    "cambrian scripts/cambrian/pretrain_cambrian_8b.sh", per_device_batch=8, devices=64, sharding="FSDP (XLA)",
+    warmup_ratio=0.06, learning_rates=(("aggregator", 1e-4),),
+    note="the chat template already in this stage; as released, --version llama_v3 only changes the padding token and "
+         "trains with Vicuna's template; the number of devices is batch / 8")
+_TUNE_CAMBRIAN = Stage(
+    "finetune", "Cambrian7M with system prompts", 7_000_000, 512, 4e-5, ("aggregator", "connector", "language_model"),
+    "cambrian/llama_3", "cambrian scripts/cambrian/finetune_cambrian_8b.sh", per_device_batch=8, devices=64,
+    sharding="FSDP (XLA)", group_by_modality=True)
+
+
+def _cambrian(size: str, template: str, batch: int = 512, rate: float = 4e-5) -> tuple[Stage, Stage]:
+    "Both stages of another size."
+    align, tune = (replace(stage, template=template, source=stage.source.replace("8b", size), devices=devices, note="")
+                   for stage, devices in ((_ALIGN_CAMBRIAN, batch // 8), (_TUNE_CAMBRIAN, batch // 8)))
+    return replace(align, global_batch=batch), replace(tune, global_batch=batch, learning_rate=rate)
+
+# %% ../../nbs/6_train/2_recipes.ipynb #e3d02c9c
 _ALL = (
     Recipe("llava-v1-13b", "lmsys/vicuna-13b-v1.1", _CLIP, "linear", (_ALIGN_V1, _TUNE_V1), _V1,
            note="the first release put the image tokens between <im_start> and <im_end>"),
@@ -136,6 +158,12 @@ _ALL = (
            "pad"),
     Recipe("llava-scienceqa-13b", "lmsys/vicuna-13b-v1.3", _CLIP, "linear", (_ALIGN_LIGHTNING, _SCIENCE), _V1),
     Recipe("bakllava-1", "mistralai/Mistral-7B-v0.1", _CLIP_336, "mlp2x_gelu", (_ALIGN_BAK, _TUNE_BAK), _V15, "pad"),
+    Recipe("cambrian-8b", "meta-llama/Meta-Llama-3-8B-Instruct", _FOUR, "sva", (_ALIGN_CAMBRIAN, _TUNE_CAMBRIAN),
+           _CAMBRIAN, "pad"),
+    Recipe("cambrian-13b", "lmsys/vicuna-13b-v1.5", _FOUR, "sva", _cambrian("13b", "v1"), _CAMBRIAN, "pad"),
+    Recipe("cambrian-34b", "NousResearch/Nous-Hermes-2-Yi-34B", _FOUR, "sva",
+           _cambrian("34b", "cambrian/chatml_direct", 1024, 2e-5), _CAMBRIAN, "pad",
+           note="no script of the 3B model (Phi-3) was released"),
 )
 RECIPES = {recipe.name: recipe for recipe in _ALL}
 
