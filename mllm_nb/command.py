@@ -158,7 +158,7 @@ def run_tour(arguments: argparse.Namespace) -> int:
 
 def part_arguments(parser: argparse.ArgumentParser) -> None:
     "Options of `mllm part`."
-    parser.add_argument("name", choices=("language", "contrastive", "masked"), help="which part")
+    parser.add_argument("name", choices=("language", "contrastive", "masked", "vqgan"), help="which part")
     parser.add_argument("--out", required=True, metavar="DIR",
                         help="folder of the run; the part is written to DIR/part")
     parser.add_argument("--steps", type=int, help="instead of the recipe's number")
@@ -174,13 +174,15 @@ def run_part(arguments: argparse.Namespace) -> int:
 def claims_arguments(parser: argparse.ArgumentParser) -> None:
     "Options of `mllm claims`."
     parser.add_argument("--out", default="runs/claims", help="folder of claims.json (default: runs/claims)")
+    parser.add_argument("--system", default="llava", choices=("llava", "cambrian"), help="whose (default: llava)")
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds (default: 3)")
 
 
 def run_claims(arguments: argparse.Namespace) -> int:
-    "Re-run the LLaVA family's claims in miniature."
-    from mllm_nb.papers.llava import run_claims
-    run_claims(arguments.out, range(arguments.seeds))
+    "Re-run a system's claims in miniature."
+    from mllm_nb.papers import cambrian, llava
+    how = {} if arguments.system == "llava" else {"arms": cambrian.ARMS, "trainer": cambrian.train_miniature}
+    llava.run_claims(arguments.out, range(arguments.seeds), **how)
     return 0
 
 # %% ../nbs/appendix/command.ipynb #3f3dfdcb

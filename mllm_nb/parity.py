@@ -7,9 +7,9 @@ __all__ = ['TARGETS', 'OUTPUT', 'GRADIENT', 'CHATML', 'PHI3', 'QUESTIONS', 'COMP
            'Golden', 'golden_llava', 'golden_views', 'golden_layouts', 'Sequences', 'golden_rows', 'golden_sequences',
            'padded_rows', 'llava_model', 'sequence_inputs', 'compare_gradients', 'greedy_generation', 'greedy_case',
            'easylm_kernel', 'decoder_case', 'decoder_losses', 'rotary_case', 'optimizer_config', 'optimizer_case',
-           'interpolation_case', 'resolution_case', 'preprocess_case', 'llava_images', 'golden_tokenizer', 'runs',
-           'supervises', 'template_for', 'prompt_row', 'prompts_case', 'llava_manifest', 'lvm_manifest', 'Result',
-           'judge', 'own_components', 'run_case', 'read_index', 'run_parity']
+           'interpolation_case', 'convnext_case', 'resolution_case', 'preprocess_case', 'llava_images',
+           'golden_tokenizer', 'runs', 'supervises', 'template_for', 'prompt_row', 'prompts_case', 'llava_manifest',
+           'lvm_manifest', 'Result', 'judge', 'own_components', 'run_case', 'read_index', 'run_parity']
 
 # %% ../nbs/appendix/parity.ipynb #f33ddd53
 import json, math
@@ -28,6 +28,7 @@ from jaxtyping import Float, Int
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+# %% ../nbs/appendix/parity.ipynb #d44aba66
 from . import images
 from .data.batches import expand_images
 from .images import Preprocess
@@ -40,6 +41,7 @@ from .mllm import MLLM, Weights, published_names, segment_positions
 from .papers import llava
 from .training import loop
 from .vision import towers
+from .vision.convnext import ConvNeXt, ConvNeXtConfig, convnext_name, load_convnext_state
 from .vision.towers import Tower, TowerConfig, image_layout
 from .vision.vit import ViTConfig, load_transformers_state as load_vit_state
 
@@ -376,6 +378,28 @@ def interpolation_case(golden: Golden) -> None:
         tokens = rearrange(merged, "views height width channels -> views (height width) channels")
         golden.compare("out.convnext_multistage", tokens, OUTPUT)
 
+# %% ../nbs/appendix/parity.ipynb #80a91edd
+def convnext_case(golden: Golden) -> None:
+    "A convolutional encoder with multi-stage features (the high-resolution tower of Mini-Gemini)."
+    values = golden.settings
+    config = ConvNeXtConfig(tuple(values["depths"]), tuple(values["dims"]), layer_norm_eps=values.get("ln_eps", 1e-6))
+    net = load_convnext_state(ConvNeXt(config), golden.under("weights."))
+    pixels = golden["in.images"].clone().requires_grad_()
+    stages = net(pixels)
+    for number, stage in enumerate(stages):
+        if f"out.stage_{number}" in golden:
+            golden.compare(f"out.stage_{number}", stage, OUTPUT)
+    joined = towers.merge_stages(stages, stages[0].shape[-1])
+    features = rearrange(joined, "views rows columns channels -> views channels rows columns")
+    golden.compare("out.features", features, OUTPUT)
+    loss = features.square().mean()
+    golden.compare("out.loss", loss, OUTPUT)
+    loss.backward()
+    golden.compare("grad.images", pixels.grad, GRADIENT)
+    owners = dict(net.named_parameters())
+    for name in (name for name in golden.tensors if name.startswith("gradw.")):
+        golden.compare(name, owners[convnext_name(name.removeprefix("gradw."))].grad, GRADIENT)
+
 # %% ../nbs/appendix/parity.ipynb #d6371e52
 def resolution_case(golden: Golden) -> None:
     "Which canvas and which tiles an image of a given size gets."
@@ -522,7 +546,7 @@ def lvm_manifest(golden: Golden) -> None:
         load_transformers_state(decoder, {name: torch.empty(shape) for name, shape in shapes.items()})
     golden.check("number of parameters", abs(sum(p.numel() for p in decoder.parameters()) - manifest["n_params"]), 0)
 
-# %% ../nbs/appendix/parity.ipynb #ef39d99c
+# %% ../nbs/appendix/parity.ipynb #37ecdfcb
 # (kind, component, system; None: every system)
 COMPONENTS: dict[tuple[str, str, str | None], Callable[[Golden], None]] = {
     ("parity", "model", "llava"): llava_model,
@@ -531,6 +555,7 @@ COMPONENTS: dict[tuple[str, str, str | None], Callable[[Golden], None]] = {
     ("parity", "decoder.rotary", None): rotary_case,
     ("parity", "training.optimizer", None): optimizer_case,
     ("parity", "towers.interpolation", None): interpolation_case,
+    ("parity", "towers.convnext", None): convnext_case,
     ("parity", "images.anyres_resolution", None): resolution_case,
     ("parity", "images.preprocess", "llava"): preprocess_case,
     ("prompts", "chat.templates_and_labels", "llava"): prompts_case,

@@ -35,10 +35,10 @@ DEEP = 2e-5   # layers that samplers feed amplify rounding: in double precision,
 def sampler_case(golden: Golden) -> None:
     "One `VisionTokenSampler`: its output, and gradients for inputs and small parameters."
     config = golden.settings["config"]
-    if config.get("layer_type", "joint") != "joint" or config.get("num_heads", HEADS) != HEADS:
-        raise Unsupported(f"sampler of type {config.get('layer_type')} with {config.get('num_heads')} heads")
-    sampler = VisionSampler(config["q_dim"], config["context_dim"], config["kv_size_list"],
-                            config["vision_hidden_size"], config["num_of_layers"])
+    if config.get("num_heads", HEADS) != HEADS:
+        raise Unsupported(f"sampler with {config['num_heads']} heads")
+    sampler = VisionSampler(config["q_dim"], config["context_dim"], config["kv_size_list"], config["vision_hidden_size"],
+                            config.get("num_of_layers", 1), config.get("layer_type", "joint"))
     sampler.load_state_dict(golden.under("weights."))
     inputs = {name: tensor.requires_grad_() for name, tensor in golden.under("in.").items()
               if tensor.is_floating_point()}

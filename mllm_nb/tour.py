@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'systems', 'parameters', 'result', 'inline', 'Asked', 'percent', 'facts_table', 'report', 'ask', 'say',
-           'run_tour']
+           'drawn_result', 'drawn_section', 'answered_result', 'write_tour', 'run_tour']
 
 # %% ../nbs/appendix/tour.ipynb #7e06ff49
 import base64
@@ -20,11 +20,11 @@ from .evaluation.world import HeldOut, Score, score, written_answers
 from .training.loop import History
 from .training.miniatures import Trained
 
-# %% ../nbs/appendix/tour.ipynb #50957986
-def systems() -> dict[str, Callable[..., Trained]]:
-    "Name -> function (folder, seed, **changes) that trains the system's miniature."
-    from mllm_nb.papers.llava import train_miniature
-    return {"llava": train_miniature}
+# %% ../nbs/appendix/tour.ipynb #e175b657
+def systems() -> dict[str, Callable]:
+    "Name -> function (folder, seed, **changes) that trains the system's miniature: a `Trained`, or a `DrawnBy`."
+    from mllm_nb.papers import cambrian, llava, lvm
+    return {"llava": llava.train_miniature, "cambrian": cambrian.train_miniature, "lvm": lvm.train_miniature}
 
 # %% ../nbs/appendix/tour.ipynb #66d2c25b
 def parameters(model) -> int:
@@ -85,7 +85,7 @@ def percent(value: float | None) -> str:
 
 
 def facts_table(results: dict[str, dict]) -> str:
-    "One row per system."
+    "One row per system that answers questions."
     head = ("system", "accuracy", "95 % interval", "chance", "text only", "blindfolded", "visual tokens", "parameters",
             "training")
     rows = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in (
@@ -96,16 +96,21 @@ def facts_table(results: dict[str, dict]) -> str:
         for name, r in results.items())
     return f"<table><tr>{''.join(f'<th>{cell}</th>' for cell in head)}</tr>{rows}</table>"
 
-# %% ../nbs/appendix/tour.ipynb #678addaa
+# %% ../nbs/appendix/tour.ipynb #2d618dd8
 def report(results: dict[str, dict], histories: dict[str, dict[str, History]],
            asked: dict[str, Sequence[Asked]]) -> str:
     "The whole page as HTML."
     from mllm_nb.plots import accuracy_bars, learning_curves
     curves = {f"{name}: {lesson}": history.rows for name, lessons in histories.items() for lesson,
               history in lessons.items()}
-    first = next(iter(results.values()))
-    bars = accuracy_bars({name: facts["by_category"] for name, facts in results.items()},
-                         first["chance_by_category"], first["text_only_by_category"])
+    answering = {name: facts for name, facts in results.items() if "accuracy" in facts}
+    drawing = "".join(drawn_section(name, facts) for name, facts in results.items() if "drawn" in facts)
+    examined = ""
+    if answering:
+        first = next(iter(answering.values()))
+        bars = accuracy_bars({name: facts["by_category"] for name, facts in answering.items()},
+                             first["chance_by_category"], first["text_only_by_category"])
+        examined = f"{facts_table(answering)}<h2>Accuracy by category</h2>{inline(bars)}"
     answers = "".join(f"<h3>{html.escape(name)}</h3><div class=cards>{''.join(one.card() for one in some)}</div>"
                       for name, some in asked.items())
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>mllm_nb: the tour</title>
@@ -114,8 +119,8 @@ def report(results: dict[str, dict], histories: dict[str, dict[str, History]],
 <p>Small multimodal models, trained on this machine a moment ago and examined with questions about pictures
 whose combinations never occurred in training. <i>Text only</i> answers without looking, <i>blindfolded</i> is the
 model with grey pictures.</p>
-{facts_table(results)}<h2>Learning</h2>{inline(learning_curves(curves))}
-<h2>Accuracy by category</h2>{inline(bars)}<h2>Answers</h2>{answers}</html>"""
+{examined}<h2>Learning</h2>{inline(learning_curves(curves))}
+<h2>Answers</h2>{answers}{drawing}</html>"""
 
 # %% ../nbs/appendix/tour.ipynb #2d5e1ee2
 def ask(trained: Trained, held_out: HeldOut, count: int = 12) -> list[Asked]:
@@ -132,32 +137,70 @@ def say(text: str) -> None:
     "Print at once, also into a pipe."
     print(text, flush=True)
 
-# %% ../nbs/appendix/tour.ipynb #a35738c5
+# %% ../nbs/appendix/tour.ipynb #97f22911
+def drawn_result(trained, folder: Path, each: int = 12) -> dict:
+    "What `results.json` says about a system that draws; one drawing of each task is kept as a picture."
+    from mllm_nb.papers.lvm import examine, gallery, pairs_of
+    pairs, examples = pairs_of("held_out"), folder / "drawings.png"
+    say(f"lvm: trained in {trained.seconds:.0f} s; {each} held-out analogies of each of {len(pairs)} tasks")
+    facts = examine(trained, pairs, each)
+    gallery(trained, pairs).savefig(examples, dpi=110, bbox_inches="tight")
+    better = sum(one["drawn"] < min(one["copy question"], one["copy last answer"]) for one in facts.values())
+    say(f"lvm: closer to the truth than both copies in {better} of {len(facts)} tasks")
+    return {"drawn": facts, "picture": str(examples), "parameters": parameters(trained.decoder),
+            "train_seconds": round(trained.seconds, 1)}
+
+# %% ../nbs/appendix/tour.ipynb #c1411a47
+def drawn_section(name: str, facts: dict) -> str:
+    "The report's part on a system that draws."
+    heads = next(iter(facts["drawn"].values()))
+    rows = "".join(f"<tr><td>{task}</td>" + "".join(f"<td>{value:.4f}</td>" for value in one.values()) + "</tr>"
+                   for task, one in facts["drawn"].items())
+    picture = base64.b64encode(Path(facts["picture"]).read_bytes()).decode()
+    return (f"<h2>{html.escape(name)} draws</h2><p>Squared error of the drawn answer and of two copies; perplexity of "
+            f"the true answer's words.</p><table><tr><th>task</th>{''.join(f'<th>{head}</th>' for head in heads)}</tr>"
+            f"{rows}</table><img alt='drawn answers' style='max-width:100%' src='data:image/png;base64,{picture}'>")
+
+# %% ../nbs/appendix/tour.ipynb #9e4a3745
+def answered_result(name: str, trained: Trained, guesser: Guesser, questions: int, target: Path
+                    ) -> tuple[dict, list[Asked]]:
+    "Examine a system that answers, keep its model, and let it write out a few answers."
+    say(f"{name}: trained in {trained.seconds:.0f} s; {questions} held-out questions, with open and with closed eyes")
+    held_out = HeldOut.make(trained.processor, questions)
+    examined = score(trained.model, held_out, guesser)
+    say(f"{name}: {examined}")
+    trained.model.save_pretrained(target)
+    trained.processor.tokenizer.save(target)
+    return result(trained, examined), ask(trained, held_out)
+
+# %% ../nbs/appendix/tour.ipynb #e6ffd0e9
+def write_tour(folder: Path, results: dict[str, dict], histories: dict, asked: dict) -> None:
+    "results.json and report.html of what there is so far."
+    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (folder / "report.html").write_text(report(results, histories, asked), encoding="utf-8")
+
+# %% ../nbs/appendix/tour.ipynb #e4029cb3
 def run_tour(folder: str | Path = "runs/tour", names: Sequence[str] | None = None, seed: int = 0,
              questions: int = 1000, **changes) -> dict:
     """Train and examine the systems (default: all), write report.html and results.json; returns what the latter holds.
 
-    `changes` go to each system's training function. Raises ValueError for an unknown name.
+    `changes` go to each system's training function (or, under a system's name, to that alone). Raises ValueError for
+    an unknown name.
     """
     known, folder = systems(), Path(folder)
-    names = list(known) if names is None else list(names)
+    names = list(names or known)
     if unknown := set(names) - set(known):
         raise ValueError(f"system: found {', '.join(sorted(unknown))}, expected some of {', '.join(known)}")
     folder.mkdir(parents=True, exist_ok=True)
     guesser, results, histories, asked = Guesser.fit(World(), 3000), {}, {}, {}
     for name in names:
         say(f"{name}: training the miniature from the shipped parts")
-        trained = known[name](folder / name, seed=seed, **changes)
-        say(f"{name}: trained in {trained.seconds:.0f} s; "
-            f"{questions} held-out questions, with open and with closed eyes")
-        held_out = HeldOut.make(trained.processor, questions)
-        examined = score(trained.model, held_out, guesser)
-        say(f"{name}: {examined}")
-        results[name], histories[name], asked[name] = result(trained, examined), trained.histories, ask(trained,
-                                                                                                        held_out)
-        trained.model.save_pretrained(folder / name / "model")
-        trained.processor.tokenizer.save(folder / name / "model")
-        (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-        (folder / "report.html").write_text(report(results, histories, asked), encoding="utf-8")
+        trained = known[name](folder / name, seed=seed, **changes.get(name, changes))
+        histories[name] = trained.histories
+        if isinstance(trained, Trained):
+            results[name], asked[name] = answered_result(name, trained, guesser, questions, folder / name / "model")
+        else:
+            results[name] = drawn_result(trained, folder / name)
+        write_tour(folder, results, histories, asked)
     say(f"report: {folder / 'report.html'}, numbers: {folder / 'results.json'}")
     return results

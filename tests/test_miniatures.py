@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mllm_nb.data.world import Guesser, World
+from mllm_nb.data.world import ANNOTATIONS, Guesser, World
 from mllm_nb.evaluation.world import HeldOut, interval, right_answers, score, written_answers
 from mllm_nb.language.decoder import attention_mask
 from mllm_nb.papers.llava import Chat, train_miniature
@@ -90,18 +90,21 @@ def test_a_saved_miniature_chats(trained, tmp_path):
 
 
 def test_the_tour_writes_report_and_results(tmp_path):
-    results = run_tour(tmp_path, questions=40, align_steps=2, tune_steps=2, progress=False)
+    few = {"align_steps": 2, "tune_steps": 2, "progress": False}
+    results = run_tour(tmp_path, questions=40, llava=few, cambrian=few,
+                       lvm={"steps": 2, "width": 64, "layers": 1, "progress": False})
     stored = json.loads((tmp_path / "results.json").read_text())
-    assert stored == json.loads(json.dumps(results)) and set(stored) == {"llava"}
+    assert stored == json.loads(json.dumps(results)) and set(stored) == {"llava", "cambrian", "lvm"}
+    assert set(stored["lvm"]["drawn"]) == set(ANNOTATIONS) and stored["cambrian"]["visual_tokens"] == 64
     needed = {"accuracy", "by_category", "chance", "text_only", "visual_tokens", "parameters", "train_seconds"}
     assert needed <= set(stored["llava"]) and stored["llava"]["visual_tokens"] == 64
     page = (tmp_path / "report.html").read_text()
-    assert page.count("<figure") == 12 and "src=\"http" not in page
+    assert page.count("<figure") == 24 and "src=\"http" not in page
     with pytest.raises(ValueError, match="lava"):
         run_tour(tmp_path, ["lava"])
 
 
-@pytest.mark.parametrize("name", ["language", "contrastive", "masked"])
+@pytest.mark.parametrize("name", ["language", "contrastive", "masked", "vqgan"])
 def test_parts_can_be_rebuilt(name, tmp_path):
     folder = rebuild_part(name, tmp_path, steps=3)
     assert {"config.json", "model.safetensors"} <= {path.name for path in folder.iterdir()}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['nearest_codes', 'Quantised', 'Quantizer', 'VQGANConfig', 'normalise', 'activate', 'ResidualBlock', 'AttentionBlock',
            'Resample', 'Level', 'Middle', 'VQEncoder', 'VQDecoder', 'VQGAN', 'save_vqgan', 'load_vqgan', 'Critic',
-           'hinge', 'perceived', 'perceptual_loss', 'Judged', 'slope', 'VQGANTeacher']
+           'interest', 'hinge', 'perceived', 'perceptual_loss', 'Judged', 'slope', 'VQGANTeacher']
 
 # %% ../../nbs/4_draw/1_vqgan.ipynb #447f5529
 import json
@@ -234,7 +234,7 @@ class VQDecoder(nn.Module):
 class VQGAN(nn.Module):
     """A picture tokenizer (Esser 2021; muse's `modeling_taming_vqgan.py`, which LVM uses), under the published names.
 
-    `encode`: pixels [pictures, 3, height, width] in 0 to 1 -> codes [pictures, places]; `decode` goes back (not clamped).
+    `encode`: pixels [pictures, 3, height, width] in 0 to 1 -> codes [pictures, places]; `decode` goes back (unclamped).
     """
     def __init__(self, config: VQGANConfig = VQGANConfig()):
         super().__init__()
@@ -284,7 +284,7 @@ class VQGAN(nn.Module):
         found = self.quantize(self.latents(pixels))
         return self.paint(found.vectors), found
 
-# %% ../../nbs/4_draw/1_vqgan.ipynb #208d1c39
+# %% ../../nbs/4_draw/1_vqgan.ipynb #92fd2d1b
 def save_vqgan(model: VQGAN, folder: str | Path, dtype: torch.dtype | None = None) -> None:
     "config.json and model.safetensors; `dtype` None keeps the weights' own."
     folder = Path(folder)
@@ -295,7 +295,7 @@ def save_vqgan(model: VQGAN, folder: str | Path, dtype: torch.dtype | None = Non
 
 
 def load_vqgan(folder: str | Path | None = None, released: bool = False) -> VQGAN:
-    """The tokenizer of a folder (None: the shipped miniature), in fp32 and eval mode. `released`: take the settings that
+    """The tokenizer of a folder (None: the shipped miniature), in fp32 and eval mode. `released`: the settings that
     the weights of LVM's tokenizer were made with. Raises ValueError that lists keys that do not fit."""
     folder = samples_path("mini", "vqgan") if folder is None else Path(folder)
     config = VQGANConfig.from_dict(json.loads((folder / "config.json").read_text()))
@@ -322,6 +322,14 @@ class Critic(nn.Module):
 
     def forward(self, pixels: Float[Tensor, "pictures 3 height width"]) -> Float[Tensor, "pictures 1 rows columns"]:
         return self.layers(pixels * 2 - 1)
+
+
+def interest(pixels: Float[Tensor, "pictures 3 height width"], more: float = 6.0) -> Float[Tensor,
+                                                                                           "pictures 1 height width"]:
+    "Weights of mean one: a pixel unlike its picture's most usual colour counts `1 + more` times as much as paper."
+    paper = pixels.flatten(2).median(dim=2).values[:, :, None, None]
+    weight = 1 + more * ((pixels - paper).abs().amax(dim=1, keepdim=True) > .06).float()
+    return weight / weight.mean(dim=(2, 3), keepdim=True)
 
 
 def hinge(real: Tensor, painted: Tensor) -> Float[Tensor, ""]:
@@ -360,33 +368,42 @@ def slope(loss: Float[Tensor, ""], weight: nn.Parameter) -> Float[Tensor, ""]:
     "The length of a loss's gradient at one weight."
     return torch.autograd.grad(loss, weight, retain_graph=True)[0].float().norm()
 
-# %% ../../nbs/4_draw/1_vqgan.ipynb #89386c4f
+# %% ../../nbs/4_draw/1_vqgan.ipynb #750def2b
 class VQGANTeacher(nn.Module):
-    """The tokenizer with its four teachers. `critic_from`: updates before the critic speaks; it gets louder over as many
-    updates as `critic_ramp` says. `eyes`: a frozen encoder with `embed` and `layers`."""
-    def __init__(self, model: VQGAN, eyes: nn.Module, critic_from: int, critic_ramp: int = 200, critic_share: float = .05):
+    """The tokenizer with its four teachers. `plain_until`: updates without a codebook; `critic_from`: those before the
+    critic speaks, louder over `critic_ramp` more. `eyes`: a frozen encoder with `embed` and `layers`."""
+    def __init__(self, model: VQGAN, eyes: nn.Module, critic_from: int, critic_ramp: int = 200,
+                 critic_share: float = .05,
+                 plain_until: int = 0):
         super().__init__()
         self.model, self.eyes, self.critic = model, eyes.requires_grad_(False), Critic()
         self.critic_from, self.critic_ramp, self.critic_share = critic_from, critic_ramp, critic_share
+        self.plain_until = plain_until   # updates
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))
         self.register_buffer("used", torch.zeros(model.config.num_embeddings))
 
     def forward(self, pixels: Float[Tensor, "pictures 3 height width"]) -> Judged:
         if self.training:
             self.updates += 1
-        found = self.model.quantize(self.model.latents(pixels).float())
+        latents = self.model.latents(pixels).float()
+        if self.training and self.updates == self.plain_until + 1:
+            self.revive(pixels, least=float("inf"))              # all of them: the codebook begins here
+        found = self.model.quantize(latents)
+        if self.training and self.updates <= self.plain_until:
+            found = Quantised(latents, found.codes, latents.square().mean() * 1e-3)
         painted = self.model.paint(found.vectors).float()
-        error, seen = (painted - pixels).abs().mean(), perceptual_loss(self.eyes, painted, pixels)
+        weight = interest(pixels)
+        error, seen = (weight * (painted - pixels).abs()).mean(), perceptual_loss(self.eyes, painted, pixels)
         loss = error + .5 * seen + found.loss
         loudness = min(1.0, max(0.0, (int(self.updates) - self.critic_from) / self.critic_ramp))
         if loudness and self.training:
             loss = loss + self.criticised(pixels, painted, error + .5 * seen, loudness)
         self.count(found.codes)
-        share = (torch.bincount(found.codes.flatten(), minlength=len(self.used)) > 0).float().mean().item()
-        figures = {"error": error.item(), "seen": seen.item(), "in_batch": share}
+        figures = {"error": error.item(), "seen": seen.item(), "in_batch": len(found.codes.unique()) / len(self.used)}
         return Judged(loss, torch.tensor(found.codes.numel()), figures)
 
-    def criticised(self, pixels: Tensor, painted: Tensor, rest: Float[Tensor, ""], loudness: float) -> Float[Tensor, ""]:
+    def criticised(self, pixels: Tensor, painted: Tensor, rest: Float[Tensor, ""], loudness: float) -> Float[Tensor,
+                                                                                                             ""]:
         "The critic's own loss and its verdict on the painter, in one sum: neither learns from the other's part."
         own = hinge(self.critic(pixels), self.critic(painted.detach()))
         frozen = {name: weight.detach() for name, weight in self.critic.named_parameters()}

@@ -54,7 +54,7 @@ def perplexity(logits: Float[Tensor, "examples sequence vocabulary"], ids: Int[T
                ) -> Float[Tensor, "examples"]:
     "Of the tokens from number `context` on, each given all before it. Raises ValueError without a token on both sides."
     if not 1 <= context < ids.shape[1]:
-        raise ValueError(f"perplexity: found {context} of {ids.shape[1]} tokens as context, expected some on both sides")
+        raise ValueError(f"perplexity: found {context} of {ids.shape[1]} as context, expected some on both sides")
     scores = logits[:, context - 1:-1].float().transpose(1, 2)
     return F.cross_entropy(scores, ids[:, context:].long(), reduction="none").mean(1).exp()
 

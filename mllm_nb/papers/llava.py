@@ -17,7 +17,7 @@ import ast
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -558,18 +558,20 @@ CLAIMS = {"two stages beat one": "one stage", "an MLP beats a linear connector":
           "a better language model makes a better model": "weaker language model"}
 
 # %% ../../nbs/9_papers/1_llava.ipynb #57aa811d
-def run_claims(folder: str | Path, seeds: Sequence[int] = (0, 1, 2), questions: int = 500,
-               **changes) -> dict[str, list[float]]:
-    "Accuracy of every arm for every seed. `claims.json` is written after each run; finished runs are not repeated."
+def run_claims(folder: str | Path, seeds: Sequence[int] = (0, 1, 2), questions: int = 500, arms: Mapping = ARMS,
+               trainer: Callable[..., Trained] = train_miniature, **changes) -> dict[str, list[float]]:
+    """Accuracy of every arm for every seed. `claims.json` is written after each run; finished runs are not repeated.
+    `arms`: what each changes in `trainer`; those of LLaVA are trained at less than half of the tour's steps."""
     file = Path(folder) / "claims.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(file.read_text()) if file.exists() else {}
     for seed in seeds:
-        for name, arm in ARMS.items():
+        for name, arm in arms.items():
             found = results.setdefault(name, {})
             if str(seed) not in found:
-                settings = {"align_steps": 60, "tune_steps": 150, "progress": False} | arm | changes
-                trained = train_miniature(Path(folder) / name.replace(" ", "_") / str(seed), seed, **settings)
+                steps = {"align_steps": 60, "tune_steps": 150} if arms is ARMS else {}
+                settings = {"progress": False} | steps | arm | changes
+                trained = trainer(Path(folder) / name.replace(" ", "_") / str(seed), seed, **settings)
                 right = right_answers(trained.model, HeldOut.make(trained.processor, questions))
                 found[str(seed)] = sum(right) / len(right)
                 file.write_text(json.dumps(results, indent=1) + "\n")

@@ -1,0 +1,97 @@
+"""How much do the two rewrites of the aggregator save? `python tests/benchmarks/sva.py [ROUNDS]`.
+
+One layer at Cambrian-1 8B's geometry: 576 queries, windows of 1, 1, 1 and 4 x 4 tokens, width 1024, fp32, one thread.
+Both ways take turns in one process; CPU time is printed beside the clock, so that a busy machine does not decide.
+Peak memory is measured in a fresh process for each way, above what weights and features take.
+"""
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from mllm_nb.connectors.sva import VisionSampler, Window, cut_windows
+
+CELLS, SIDES, WIDTH = 576, (1, 1, 1, 4), 1024
+
+
+def parts(seed: int = 0):
+    "A layer, queries, context, and windows cut from whole grids as in the connector."
+    torch.manual_seed(seed)
+    sampler = VisionSampler(WIDTH, WIDTH, SIDES, WIDTH, 1)
+    side = int(CELLS ** .5)
+    grids = [torch.randn(1, side * window, side * window, WIDTH, requires_grad=True) for window in SIDES]
+    queries = torch.randn(1, CELLS, WIDTH, requires_grad=True)
+    return sampler, queries, torch.randn(1, 1, WIDTH, requires_grad=True), grids
+
+
+def run(path: str, backward: bool, sampler, queries, context, grids) -> torch.Tensor:
+    "One pass; features are cut into windows inside, as for every picture."
+    for layer in sampler.layers:
+        layer.path = path
+    side = int(CELLS ** .5)
+    with torch.set_grad_enabled(backward):
+        windows = [Window(cut_windows(grid, side), torch.ones(1, CELLS, window ** 2, dtype=torch.bool))
+                   for grid, window in zip(grids, SIDES)]
+        found = sampler(queries, context, windows)
+    if backward:
+        for leaf in (*sampler.parameters(), queries, context, *grids):
+            leaf.grad = None
+        found.square().sum().backward()
+    return found.detach()
+
+
+def peak(path: str, backward: bool) -> None:
+    "Child process: print how many MB a pass needs above what was there before."
+    given = parts()
+    torch.ones(8, 8) @ torch.ones(8, 8)
+    Path("/proc/self/clear_refs").write_text("5")   # Linux: forget the peak so far
+    before = status("VmRSS")
+    run(path, backward, *given)
+    print(status("VmHWM") - before)
+
+
+def status(field: str) -> float:
+    "MB of this process, from Linux's own books."
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) / 1024
+
+
+def timed(path: str, backward: bool, given) -> tuple[float, float]:
+    clock, cpu = time.perf_counter(), time.process_time()
+    run(path, backward, *given)
+    return time.perf_counter() - clock, time.process_time() - cpu
+
+
+def middle(values) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def main(rounds: int = 7) -> None:
+    torch.set_num_threads(1)
+    given = parts()
+    apart = (run("plain", False, *given) - run("fast", False, *given)).abs().max().item()
+    print(f"largest difference of the outputs: {apart:.1e}")
+    print(f"{'':22}{'plain':>10}{'fast':>10}{'ratio':>8}{'ratio of CPU time':>20}")
+    for backward, name in ((False, "forward"), (True, "forward and backward")):
+        for path in ("plain", "fast"):
+            run(path, backward, *given)
+        took = [[timed(path, backward, given) for path in ("plain", "fast")] for _ in range(rounds)]
+        plain, fast = (middle([one[way][0] for one in took]) for way in (0, 1))
+        cpu = middle([one[0][1] / one[1][1] for one in took])
+        print(f"{name:22}{plain * 1e3:8.0f}ms{fast * 1e3:8.0f}ms{plain / fast:8.2f}{cpu:20.2f}")
+    if not Path("/proc/self/clear_refs").exists():
+        return print("memory: measured on Linux alone")
+    for backward, name in ((False, "memory, forward"), (True, "memory, both")):
+        needed = [float(subprocess.run([sys.executable, __file__, "peak", path, str(int(backward))], check=True,
+                                       capture_output=True, text=True).stdout) for path in ("plain", "fast")]
+        print(f"{name:22}{needed[0]:8.0f}MB{needed[1]:8.0f}MB{needed[0] / max(needed[1], 1):8.2f}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["peak"]:
+        torch.set_num_threads(1)
+        peak(sys.argv[2], sys.argv[3] == "1")
+    else:
+        main(*map(int, sys.argv[1:]))
