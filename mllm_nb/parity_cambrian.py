@@ -35,16 +35,16 @@ DEEP = 2e-5   # layers that samplers feed amplify rounding: in double precision,
 def sampler_case(golden: Golden) -> None:
     "One `VisionTokenSampler`: its output, and gradients for inputs and small parameters."
     config = golden.settings["config"]
-    if config.get("num_heads", HEADS) != HEADS:
-        raise Unsupported(f"sampler with {config['num_heads']} heads")
-    sampler = VisionSampler(config["q_dim"], config["context_dim"], config["kv_size_list"], config["vision_hidden_size"],
-                            config.get("num_of_layers", 1), config.get("layer_type", "joint"))
+    if (heads := config.get("num_heads", HEADS)) != HEADS:
+        raise Unsupported(f"sampler with {heads} heads")
+    kind, depth = config.get("layer_type", "joint"), config.get("num_of_layers", 1)
+    sampler = VisionSampler(config["q_dim"], config["context_dim"], config["kv_size_list"],
+                            config["vision_hidden_size"], depth, kind)
     sampler.load_state_dict(golden.under("weights."))
     inputs = {name: tensor.requires_grad_() for name, tensor in golden.under("in.").items()
               if tensor.is_floating_point()}
     latents = [inputs[f"latents.{k}"] for k in range(len(config["kv_size_list"]))]
-    masks = [golden.tensors.get(f"in.mask.{k}", torch.ones(one.shape[:2], dtype=torch.bool)) for k,
-             one in enumerate(latents)]
+    masks = [golden.tensors.get(f"in.mask.{k}", one.new_ones(one.shape[:2]).bool()) for k, one in enumerate(latents)]
     windows = [Window(one[:, None], mask[:, None]) for one, mask in zip(latents, open_if_empty(masks))]
     fast = sampler(inputs["queries"], inputs["context"], windows)
     for layer in sampler.layers:
