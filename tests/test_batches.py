@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from mllm_nb.vision.towers import NEWLINE, TEXT
 from mllm_nb.data.batches import (
-    NEWLINE, TEXT, Batches, BatchSettings, Example, Processor, RoomTree, Sizes, TooLong, UnsupervisedError, collate,
+    Batches, BatchSettings, Example, Processor, RoomTree, Sizes, TooLong, UnsupervisedError, collate,
     expand_images, measure, pack, pack_plain, plan_epoch)
 from mllm_nb.data.records import RecordError, Records, Sample, write_records
 from mllm_nb.images import Preprocess

@@ -12,8 +12,6 @@ from mllm_nb.language.decoder import DecoderConfig
 from mllm_nb.mllm import (
     IGNORE,
     MLLM,
-    NEWLINE,
-    TEXT,
     MLLMConfig,
     WeightsError,
     next_labels,
@@ -22,7 +20,7 @@ from mllm_nb.mllm import (
     splice,
     supervised_loss,
 )
-from mllm_nb.vision.towers import Features, TowerConfig
+from mllm_nb.vision.towers import NEWLINE, TEXT, Features, TowerConfig
 from mllm_nb.vision.vit import ViTConfig
 
 EYE = ViTConfig(image_size=8, patch_size=4, hidden_size=12, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
