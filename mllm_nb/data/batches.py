@@ -458,7 +458,7 @@ def join_pixels(examples: Sequence[Example], views: int | None) -> tuple[Tensor,
         joined.append(torch.cat([*tower, padding]))
     return tuple(joined)
 
-# %% ../../nbs/5_data/3_batches.ipynb #fe9e4ba7
+# %% ../../nbs/5_data/3_batches.ipynb #138f35de
 @dataclass(frozen=True)
 class BatchSettings:
     "How samples become batches. With the same settings, data and epoch, every process makes the same plan."
@@ -472,6 +472,7 @@ class BatchSettings:
     seed: int = 0
     rank: int = 0
     world_size: int = 1
+    accumulation: int = 1                    # batches of a step: an update adds them up
     window: int = 8192                       # samples packed together; smaller is more random, larger packs tighter
     remainder: str = "repeat"                # the last batch's missing rows: 'repeat' others, or 'drop' the batch
     workers: int = 0                         # threads that prepare batches ahead
@@ -480,6 +481,7 @@ class BatchSettings:
     def __post_init__(self):
         expect(min(self.rows, self.length) > 0, f"found rows={self.rows}, length={self.length}, expected at least 1")
         expect(0 <= self.rank < self.world_size, f"found rank {self.rank}, expected 0 to {self.world_size - 1}")
+        expect(self.accumulation >= 1, f"found accumulation={self.accumulation}, expected at least 1")
         expect(self.remainder in ("repeat", "drop"), f"found remainder={self.remainder!r}, expected repeat or drop")
         expect(not (self.packing and self.buckets), "found buckets, expected none: they are for packing=False")
         expect(max(self.shapes) == self.length, f"found bucket {max(self.shapes)}, expected at most {self.length}")
@@ -487,23 +489,27 @@ class BatchSettings:
                f"found views_per_batch={self.views_per_batch}, expected a multiple of rows={self.rows}")
 
     @property
+    def rows_of_step(self) -> int:
+        "Rows of all processes before an update: what is planned does not depend on how they are shared out."
+        return self.rows * self.world_size * self.accumulation
+    @property
     def shapes(self) -> tuple[int, ...]:
         "Every row length that can occur."
         return tuple(sorted({*self.buckets, self.length}))
 
-# %% ../../nbs/5_data/3_batches.ipynb #068a7be5
+# %% ../../nbs/5_data/3_batches.ipynb #74326b4c
 class GlobalBatch(NamedTuple):
-    "The rows of one step on all processes together; each row is a list of sample numbers."
+    "The rows of one step (or of one of its batches) on all processes; each row is a list of sample numbers."
     length: int
     rows: list[list[int]]
 
-# %% ../../nbs/5_data/3_batches.ipynb #de834e26
+# %% ../../nbs/5_data/3_batches.ipynb #9d912b4e
 def plan_epoch(sizes: Sizes, settings: BatchSettings, epoch: int = 0) -> list[GlobalBatch]:
     """Which samples meet in which row of which step: a function of sizes, settings and epoch, and of nothing else.
 
     Rows of one kind (modality, bucket) make a batch; what is left of each kind makes mixed ones at the end.
     """
-    random, step = np.random.default_rng([settings.seed, epoch]), settings.rows * settings.world_size
+    random, step = np.random.default_rng([settings.seed, epoch]), settings.rows_of_step
     order = np.flatnonzero(sizes.lengths)
     if settings.shuffle: order = random.permutation(order)
     batches, rest = [], []
@@ -563,7 +569,7 @@ def show_plan(plans: dict[str, list[GlobalBatch]], sizes: Sizes) -> "Figure":
              xlabel="the steps of an epoch; the bluer, the more samples with images")
     return figure
 
-# %% ../../nbs/5_data/3_batches.ipynb #f1b55d20
+# %% ../../nbs/5_data/3_batches.ipynb #24ed9726
 class Batches:
     """A dataset as batches in static shapes: deterministic, resumable inside an epoch, shared among processes.
 
@@ -582,7 +588,12 @@ class Batches:
         return list(self.sizes.left_out.values())
 
     def plan(self, epoch: int) -> list[GlobalBatch]:
-        if self._planned[0] != epoch: self._planned = (epoch, plan_epoch(self.sizes, self.settings, epoch))
+        "The batches of an epoch, all processes together; `accumulation` of them make a step."
+        if self._planned[0] != epoch:
+            rows = self.settings.rows * self.settings.world_size
+            self._planned = (epoch, [GlobalBatch(step.length, step.rows[at:at + rows])
+                                     for step in plan_epoch(self.sizes, self.settings, epoch)
+                                     for at in range(0, len(step.rows), rows)])
         return self._planned[1]
 
     def __len__(self) -> int:
@@ -591,7 +602,8 @@ class Batches:
 
     def steps(self, epochs: int) -> int:
         "Batches of so many epochs from the first on: what a learning rate schedule needs."
-        return sum(len(plan_epoch(self.sizes, self.settings, epoch)) for epoch in range(epochs))
+        return sum(len(plan_epoch(self.sizes, self.settings, epoch)) for epoch in range(epochs)) * \
+            self.settings.accumulation
 
     def build(self, step: GlobalBatch) -> Batch:
         "This process's rows of a step, read and collated. UnsupervisedError if no token gives loss."
@@ -611,7 +623,8 @@ class Batches:
 
     def state_dict(self) -> dict[str, Any]:
         "Where we are, and a fingerprint of the plan, as plain JSON values."
-        return {"epoch": self.epoch, "batch": self.batch, "fingerprint": fingerprint(self.sizes, self.settings)}
+        return {"epoch": self.epoch, "batch": self.batch, "accumulation": self.settings.accumulation,
+                "fingerprint": fingerprint(self.sizes, self.settings)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         "Go on exactly where that state was saved. ValueError, naming what differs, if the plan is another one."
@@ -619,7 +632,9 @@ class Batches:
         differs = [f"{name}: found {now}, expected {then.get(name)}"
                    for name, now in fingerprint(self.sizes, self.settings).items() if now != then.get(name)]
         expect(not differs, "cannot resume, the batches would be others: " + "; ".join(differs))
-        self.epoch, self.batch = int(state["epoch"]), int(state["batch"])
+        times = self.settings.accumulation / state.get("accumulation", 1)   # a step may now be cut into other batches
+        expect(float(state["batch"] * times).is_integer(), f"cannot resume inside a step: found batch {state['batch']}")
+        self.epoch, self.batch = int(state["epoch"]), int(state["batch"] * times)
 
 # %% ../../nbs/5_data/3_batches.ipynb #0bed6675
 def check_sizes(sizes: Sizes, dataset: Sequence, settings: BatchSettings) -> None:
@@ -631,12 +646,12 @@ def check_sizes(sizes: Sizes, dataset: Sequence, settings: BatchSettings) -> Non
            f"sample {np.argmax(sizes.lengths)}: found {longest} tokens, expected at most {settings.length} for a row"
            "; give the processor this max_length")
 
-# %% ../../nbs/5_data/3_batches.ipynb #d2124cdd
+# %% ../../nbs/5_data/3_batches.ipynb #a056b05e
 def fingerprint(sizes: Sizes, settings: BatchSettings) -> dict[str, Any]:
     "What decides the plan; how its steps are shared among processes is left out, so their number may change."
-    shared = ("rows", "rank", "world_size", "workers", "views_per_batch")
+    shared = ("rows", "rank", "world_size", "accumulation", "workers", "views_per_batch")
     plain = {name: value for name, value in asdict(settings).items() if name not in shared}
-    plain["rows of a step"] = settings.rows * settings.world_size
+    plain["rows of a step"] = settings.rows_of_step
     plain["views of a row"] = settings.views_per_batch and settings.views_per_batch // settings.rows
     plain["samples"] = zlib.crc32(sizes.lengths.tobytes() + sizes.views.tobytes())
     return json.loads(json.dumps(plain))                         # as it will come back from a file: lists, no tuples
