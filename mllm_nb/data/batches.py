@@ -522,6 +522,12 @@ def plan_epoch(sizes: Sizes, settings: BatchSettings, epoch: int = 0) -> list[Gl
     if settings.shuffle: batches = [batches[i] for i in random.permutation(len(batches))]
     return batches + rest_batches(rest, batches, step, settings.remainder == "repeat")
 
+# %% ../../nbs/5_data/3_batches.ipynb #1d9c1de9
+def cut_steps(steps: list[GlobalBatch], rows: int) -> list[GlobalBatch]:
+    "Steps as the batches of so many rows that each is added up from."
+    return [GlobalBatch(step.length, step.rows[at:at + rows]) for step in steps
+            for at in range(0, len(step.rows), rows)]
+
 # %% ../../nbs/5_data/3_batches.ipynb #c9ef67eb
 def kinds(order: Int[np.ndarray, "samples"], sizes: Sizes, settings: BatchSettings) -> list[tuple[int, list[int]]]:
     "Samples that may share a batch, because bucket and modality agree: [(row length, sample numbers in order)]."
@@ -569,7 +575,7 @@ def show_plan(plans: dict[str, list[GlobalBatch]], sizes: Sizes) -> "Figure":
              xlabel="the steps of an epoch; the bluer, the more samples with images")
     return figure
 
-# %% ../../nbs/5_data/3_batches.ipynb #24ed9726
+# %% ../../nbs/5_data/3_batches.ipynb #b620b3f0
 class Batches:
     """A dataset as batches in static shapes: deterministic, resumable inside an epoch, shared among processes.
 
@@ -590,10 +596,8 @@ class Batches:
     def plan(self, epoch: int) -> list[GlobalBatch]:
         "The batches of an epoch, all processes together; `accumulation` of them make a step."
         if self._planned[0] != epoch:
-            rows = self.settings.rows * self.settings.world_size
-            self._planned = (epoch, [GlobalBatch(step.length, step.rows[at:at + rows])
-                                     for step in plan_epoch(self.sizes, self.settings, epoch)
-                                     for at in range(0, len(step.rows), rows)])
+            steps = plan_epoch(self.sizes, self.settings, epoch)
+            self._planned = (epoch, cut_steps(steps, self.settings.rows * self.settings.world_size))
         return self._planned[1]
 
     def __len__(self) -> int:
