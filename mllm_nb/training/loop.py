@@ -245,7 +245,7 @@ def undecayed(model: nn.Module) -> set[str]:
             names |= {f"{prefix}.{name}" if prefix else name for name, _ in module.named_parameters()}
     return names
 
-# %% ../../nbs/6_train/1_loop.ipynb #75e6dcf7
+# %% ../../nbs/6_train/1_loop.ipynb #d69260cd
 @dataclass(frozen=True)
 class TrainingConfig:
     "All settings of a run; it is written into every checkpoint and compared on resume."
@@ -267,7 +267,7 @@ class TrainingConfig:
     epsilon: float = 1e-8
     weight_decay: float = 0.0
     decay: str = "without_norms_and_biases"   # or "all": every tensor
-    optimizer: str = "adamw"               # or "muon": matrices inside layers by Muon, all else by AdamW
+    optimizer: str = "adamw"               # "adamw_8bit"; "muon": matrices inside layers by Muon, all else by AdamW
     precision: str = "auto"                # "auto": what the device plan says; "fp32", "bf16", "fp16"
     device: str | None = None              # None: the best device of this machine
     seed: int = 0
@@ -289,7 +289,7 @@ def _at_least(config: TrainingConfig, name: str, least: float) -> None:
     if value is not None and value < least:
         raise ValueError(f"TrainingConfig.{name} is {value}, expected at least {least}")
 
-# %% ../../nbs/6_train/1_loop.ipynb #1d1f23c4
+# %% ../../nbs/6_train/1_loop.ipynb #851b13e6
 def check_config(config: TrainingConfig) -> None:
     "Raise `ValueError` that names the field, what was found and what is expected."
     for name in ("max_steps", "epochs", "global_batch", "micro_batch", "world_size", "keep", "log_every"):
@@ -299,7 +299,8 @@ def check_config(config: TrainingConfig) -> None:
     for name in ("warmup_steps", "warmup_ratio", "weight_decay", "save_every"):
         _at_least(config, name, 0)
     for name, known in {"schedule": SCHEDULES, "decay": ("all", "without_norms_and_biases"),
-                        "precision": ("auto", "fp32", "bf16", "fp16"), "optimizer": ("adamw", "muon")}.items():
+                        "precision": ("auto", "fp32", "bf16", "fp16"),
+                        "optimizer": ("adamw", "adamw_8bit", "muon")}.items():
         if getattr(config, name) not in known:
             raise ValueError(f"TrainingConfig.{name} is {getattr(config, name)!r}, expected one of {', '.join(known)}")
     if config.global_batch % (config.micro_batch * config.world_size):
@@ -378,12 +379,15 @@ def _chosen(groups: list[dict[str, Any]], keep: Callable[[nn.Parameter], bool]) 
             found.append(group | {"params": [pair[0] for pair in pairs], "names": [pair[1] for pair in pairs]})
     return found
 
-# %% ../../nbs/6_train/1_loop.ipynb #8cd5fc3b
+# %% ../../nbs/6_train/1_loop.ipynb #ba64190e
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW | MuonAndAdamW:
     "The optimizer of a run: AdamW, or with `optimizer='muon'` Muon for matrices inside layers and AdamW for all else."
     groups = parameter_groups(model, config)
     if config.optimizer == "adamw":
         return build_adamw(groups, config)
+    if config.optimizer == "adamw_8bit":
+        from mllm_nb.training.lora import adamw_8bit
+        return adamw_8bit()(groups, lr=config.learning_rate, betas=config.betas, eps=config.epsilon)
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     matrices = _chosen(groups, lambda parameter: parameter.ndim == 2 and id(parameter) not in tables)
     others = _chosen(groups, lambda parameter: parameter.ndim != 2 or id(parameter) in tables)
