@@ -264,6 +264,59 @@ const mllmWidgets = (() => {
     return value => { if (value.index in payload.frames) show(value.index, false); };
   };
 
+  /* ---- a change of a weight matrix, cut to a rank ---- */
+
+  draw.lora_rank = (root, payload, report) => {
+    const side = 300, scale = Math.min(side / payload.width, side / payload.height);
+    const matrix = element("canvas", {role: "img", "data-part": "matrix",
+      style: `width:${Math.round(payload.width * scale)}px;height:${Math.round(payload.height * scale)}px`});
+    const bars = element("canvas", {width: 380, height: 200, role: "img", "data-part": "spectrum"});
+    const facts = element("table", {"data-part": "facts"}), status = element("div", {class: "status", role: "status", "aria-live": "polite"});
+    const shown = element("output", {"data-part": "value"});
+    const slider = element("input", {type: "range", min: 0, max: payload.ranks.length - 1, step: 1, "aria-label": "rank",
+      oninput: () => show(Number(slider.value), true)});
+    const whole = payload.out * payload.in, percent = share => `${(100 * share).toFixed(share < 0.1 ? 1 : 0)} %`;
+    const spelled = number => number.toLocaleString("en-US");
+
+    function spectrum(rank) {
+      const context = bars.getContext("2d"), count = payload.singular.length, wide = bars.width / count;
+      context.clearRect(0, 0, bars.width, bars.height);
+      payload.singular.forEach((value, i) => {
+        const high = Math.max(1, value / (payload.singular[0] || 1) * (bars.height - 4));
+        context.fillStyle = i < rank ? "#E69F00" : "#9ca3af";
+        context.fillRect(i * wide, bars.height - high, Math.max(1, wide - (wide > 3 ? 1 : 0)), high);
+      });
+      bars.setAttribute("aria-label", `${count} singular values, the first ${rank} kept`);
+    }
+
+    function show(index, tell) {
+      const entry = payload.ranks[index], values = bytes(entry.matrix);
+      slider.value = index;
+      slider.setAttribute("aria-valuetext", `rank ${entry.rank}`);
+      shown.textContent = ` rank ${entry.rank}`;
+      pixels(matrix, payload.height, payload.width, i => cividis(values[i] / 255));
+      matrix.setAttribute("aria-label", `the change cut to rank ${entry.rank}: its first ${payload.height} rows and ${payload.width} columns`);
+      spectrum(entry.rank);
+      const rows = [["rank", entry.rank], ["numbers to learn", `${spelled(entry.numbers)} of ${spelled(whole)} (${percent(entry.numbers / whole)})`],
+        ["with Adam, fp32", `${spelled(16 * entry.numbers)} bytes instead of ${spelled(16 * whole)}`],
+        ["squared change kept", percent(entry.kept)], ["loss", entry.loss === null ? null : entry.loss.toFixed(4)]];
+      facts.replaceChildren(...rows.filter(([, value]) => value !== null)
+        .map(([name, value]) => element("tr", {}, element("th", {scope: "row"}, name), element("td", {}, String(value)))));
+      status.textContent = `Rank ${entry.rank} keeps ${percent(entry.kept)} of the squared change` +
+        (entry.loss === null ? "." : `; the loss is ${entry.loss.toFixed(4)}.`);
+      root.dataset.rank = entry.rank;
+      if (tell) report({rank: entry.rank});
+    }
+
+    root.append(element("div", {}, slider, shown), element("div", {class: "row"}, element("div", {}, matrix), element("div", {}, bars, facts)), status,
+      element("div", {class: "hint"}, "Left: the first rows and columns of the change. Right: its singular values, orange those that rank r keeps. Arrow keys move the slider."));
+    show(payload.start, false);
+    return value => {
+      const index = payload.ranks.findIndex(entry => entry.rank === value.rank);
+      if (index >= 0) show(index, false);
+    };
+  };
+
   /* ---- the two ways in ---- */
 
   function mount(host, payload, report) {

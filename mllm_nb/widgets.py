@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['LIMIT', 'IGNORED', 'WidgetTooLarge', 'script', 'Widget', 'patch_grid_payload', 'patch_grid_explorer', 'runs_of',
-           'sample_mask', 'token_strip_payload', 'token_role_strip', 'flip_book']
+           'sample_mask', 'token_strip_payload', 'token_role_strip', 'flip_book', 'signed_bytes', 'rank_facts',
+           'lora_rank_explorer']
 
-# %% ../nbs/appendix/widgets.ipynb #0d534cb5
+# %% ../nbs/appendix/widgets.ipynb #119ae625
 import base64
 import functools
 import hashlib
 import html
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 import mllm_nb
-from .plots import ROLE_COLORS, array_of, patch_rows, show_patches, show_strip
+from .plots import ROLE_COLORS, array_of, patch_rows, show_lines, show_patches, show_strip
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -245,3 +246,43 @@ def flip_book(draw: Callable[[Any], "Figure"], title: str = "", start: int = 0, 
     payload = {"kind": "flip_book", "title": title or draw.__name__.replace("_", " "), "name": name, "start": start,
                "frames": frames}
     return Widget(payload, pictures[start], {name: str(settings[start]), "index": start})
+
+# %% ../nbs/appendix/widgets.ipynb #e26317c5
+def signed_bytes(matrix: np.ndarray, largest: float) -> str:
+    "Numbers from -largest to largest as bytes 0 to 255 (0 becomes 128), base64-coded row by row."
+    scaled = np.clip(np.round(matrix / (largest or 1) * 127), -127, 127) + 128
+    return base64.b64encode(scaled.astype(np.uint8).tobytes()).decode()
+
+
+def rank_facts(left: np.ndarray, values: np.ndarray, right: np.ndarray, rank: int, shown: int) -> dict[str, Any]:
+    "One position of the slider: rank, numbers of A and B, share of the squared change kept, a corner of the matrix."
+    corner = (left[:shown, :rank] * values[:rank]) @ right[:rank, :shown]
+    whole = (left[:shown] * values) @ right[:, :shown]
+    return {"rank": rank, "numbers": rank * (left.shape[0] + right.shape[1]),
+            "kept": float((values[:rank] ** 2).sum() / ((values ** 2).sum() or 1)),
+            "matrix": signed_bytes(corner, float(np.abs(whole).max()))}
+
+# %% ../nbs/appendix/widgets.ipynb #9ba4e4b4
+def lora_rank_explorer(change: Any, losses: Mapping[int, float] | Sequence[int] = (1, 2, 4, 8, 16, 32),
+                       title: str = "A change cut to rank r", shown: int = 48) -> Widget:
+    """A slider over ranks: the change [out, in] cut to that rank, its spectrum, the numbers that LoRA would learn.
+
+    `losses`: the ranks to offer, or rank -> loss measured with it. The value in a live notebook: {"rank"}. Raises
+    ValueError for ranks that the matrix cannot have, or values that are no finite numbers.
+    """
+    matrix = np.asarray(change.detach().cpu() if hasattr(change, "detach") else change, dtype=np.float32)
+    if matrix.ndim != 2 or not np.isfinite(matrix).all():
+        raise ValueError(f"change: found shape {matrix.shape}, expected a matrix [out, in] of finite numbers")
+    wrong = [rank for rank in losses if not 0 <= rank <= min(matrix.shape)]
+    if wrong or not len(losses):
+        raise ValueError(f"ranks: found {wrong or list(losses)}, expected 0 to {min(matrix.shape)}")
+    left, values, right = np.linalg.svd(matrix, full_matrices=False)
+    known = losses if hasattr(losses, "items") else {}
+    entries = [rank_facts(left, values, right, rank, shown) | {"loss": known.get(rank)} for rank in sorted(losses)]
+    start = len(entries) // 2
+    payload = {"kind": "lora_rank", "title": title, "out": matrix.shape[0], "in": matrix.shape[1], "start": start,
+               "height": min(shown, matrix.shape[0]), "width": min(shown, matrix.shape[1]),
+               "singular": [round(float(value), 6) for value in values], "ranks": entries}
+    figure = show_lines(range(1, len(values) + 1), {"singular values": values}, "direction", "size", title,
+                        mark=max(1, entries[start]["rank"]))
+    return Widget(payload, png_of(figure), {"rank": entries[start]["rank"]})
