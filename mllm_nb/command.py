@@ -7,7 +7,7 @@ __all__ = ['EXTRAS', 'NEEDED', 'COMMANDS', 'Command', 'parity_arguments', 'run_p
            'convert_arguments', 'run_convert', 'installed', 'missing_of', 'device_lines', 'extra_line',
            'doctor_arguments', 'run_doctor', 'tour_arguments', 'run_tour', 'part_arguments', 'run_part',
            'claims_arguments', 'run_claims', 'chat_arguments', 'run_chat', 'train_arguments', 'run_train',
-           'build_parser', 'main']
+           'form_arguments', 'run_form', 'build_parser', 'main']
 
 # %% ../nbs/appendix/command.ipynb #2f3a6092
 import argparse
@@ -211,19 +211,24 @@ def run_chat(arguments: argparse.Namespace) -> int:
         print()
     return 0
 
-# %% ../nbs/appendix/command.ipynb #2961072f
+# %% ../nbs/appendix/command.ipynb #01c36796
 def train_arguments(parser: argparse.ArgumentParser) -> None:
     "Options of `mllm train`."
     parser.add_argument("--model", required=True, metavar="DIR", help="the model to train")
     parser.add_argument("--data", required=True, metavar="FILE", help="LLaVA-format records, JSON or JSONL")
     parser.add_argument("--images", metavar="DIR", help="the folder of the images (default: the records' own)")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the run; the trained model is DIR/model")
+    parser.add_argument("--out", required=True, metavar="DIR",
+                        help="folder of the run; gets DIR/model, or with adapters DIR/adapter")
     parser.add_argument("--recipe", default="llava-v1.5-7b", help="a published recipe (default: llava-v1.5-7b)")
     parser.add_argument("--stage", default="finetune", help="pretrain or finetune (default: finetune)")
     parser.add_argument("--batch", type=int, help="samples of a global batch, instead of the recipe's")
     parser.add_argument("--per-device", type=int, help="samples that fit into memory at once, instead of the recipe's")
     parser.add_argument("--learning-rate", type=float, help="instead of the recipe's")
     parser.add_argument("--steps", type=int, help="updates, instead of the recipe's epochs")
+    parser.add_argument("--lora", action="store_true", help="adapters in the place of the language model's own weights")
+    parser.add_argument("--rank", type=int, help="of the adapters, alpha is twice as much (default: the recipe's 128)")
+    parser.add_argument("--quantize", choices=("nf4", "int8"), help="keep the frozen language model in 4 or 8 bits")
+    parser.add_argument("--optimizer", choices=("adamw", "adamw_8bit", "muon"), help="instead of AdamW")
     parser.add_argument("--skip-bad", action="store_true",
                         help="leave out exactly the bad records listed, instead of stopping")
     parser.add_argument("--base", metavar="DIR",
@@ -237,7 +242,23 @@ def run_train(arguments: argparse.Namespace) -> int:
     from mllm_nb.papers.llava import train_on_records
     return train_on_records(arguments)
 
-# %% ../nbs/appendix/command.ipynb #e7a17c87
+# %% ../nbs/appendix/command.ipynb #443afe0b
+def form_arguments(parser: argparse.ArgumentParser) -> None:
+    "Options of `mllm merge` and `mllm export`."
+    parser.add_argument("model", metavar="MODEL", help="a model folder: whole, an adapter, or a projector")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
+    parser.add_argument("--base", metavar="DIR", help="the model that an adapter or projector stands on "
+                                                      "(default: what the adapter names)")
+    parser.add_argument("--vision-tower", metavar="DIR",
+                        help="the encoder's folder, where the model's files do not hold it")
+
+
+def run_form(arguments: argparse.Namespace) -> int:
+    "Merge, or export."
+    from mllm_nb.papers.llava import convert_model
+    return convert_model(arguments)
+
+# %% ../nbs/appendix/command.ipynb #a8d069ed
 COMMANDS: tuple[Command, ...] = (
     Command("tour", "train the miniature systems here, examine them, write a report", tour_arguments, run_tour),
     Command("train", "train a model on your own records with a published recipe", train_arguments, run_train),
@@ -246,6 +267,8 @@ COMMANDS: tuple[Command, ...] = (
     Command("part", "rebuild a shipped miniature part", part_arguments, run_part),
     Command("data", "look after data files", data_arguments, run_data),
     Command("parity", "compare with what the originals computed", parity_arguments, run_parity),
+    Command("merge", "make a whole model of an adapter and its base", form_arguments, run_form),
+    Command("export", "write a LLaVA in the form of transformers, for other tools", form_arguments, run_form),
     Command("convert", "turn pickled weights that you trust into safetensors", convert_arguments, run_convert),
     Command("doctor", "device, memory, versions, and what each extra would add", doctor_arguments, run_doctor),
 )

@@ -5,17 +5,20 @@
 # %% auto #0
 __all__ = ['TOWERS', 'CLIP_336', 'CLIP_224', 'VICUNA_7B', 'VICUNA_13B', 'MISTRAL_7B', 'MPT_7B', 'LLAVA_1_5_7B', 'LLAVA_1_5_13B',
            'BAKLLAVA_1', 'LLAVA_LIGHTNING_MPT_7B', 'PUBLISHED', 'CLASS_DEFAULTS', 'ARMS', 'CLAIMS', 'clip_large',
-           'merged', 'sort_names', 'grown_vocabulary', 'tower_settings', 'tower_folder', 'safe_file', 'read_whole',
-           'load_tower', 'load_tower_weights', 'tower_config_of', 'assemble', 'manifest_shapes', 'cover', 'overlay',
-           'lora_scale', 'lora_pairs', 'merge_lora', 'trainable_names', 'read_adapter', 'read_parts', 'published_name',
-           'check_transformers', 'complete', 'from_transformers', 'load_transformers_folder', 'load_llava',
-           'convert_pickle', 'convert_folder', 'processor_for', 'Chat', 'answer_pieces', 'good_records',
-           'train_on_records', 'train_miniature', 'run_claims', 'mean_interval', 'verdicts']
+           'sort_names', 'grown_vocabulary', 'tower_settings', 'tower_folder', 'load_tower', 'load_tower_weights',
+           'tower_config_of', 'assemble', 'manifest_shapes', 'cover', 'read_base', 'read_parts', 'published_name',
+           'check_transformers', 'complete', 'from_transformers', 'cut_vocabulary', 'load_transformers_folder',
+           'load_llava', 'load_own', 'convert_pickle', 'convert_folder', 'refuse_export', 'vision_fields',
+           'text_fields', 'grown', 'transformers_tensors', 'chat_template', 'image_fields', 'export_tokenizer',
+           'export_transformers', 'transformers_fields', 'processor_for', 'tokenizer_folder', 'Chat', 'answer_pieces',
+           'good_records', 'chosen_stage', 'stage_config', 'batches_of', 'copy_tokenizer', 'save_trained',
+           'train_on_records', 'convert_model', 'train_miniature', 'run_claims', 'mean_interval', 'verdicts']
 
-# %% ../../nbs/9_papers/1_llava.ipynb #9619e4a8
+# %% ../../nbs/9_papers/1_llava.ipynb #31acc436
 import ast
 import json
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,18 +35,20 @@ from ..connectors.mlp import ProjectorConfig
 from ..data.batches import Batches, BatchSettings, Processor, collate
 from ..data.records import Records, Sample, check_records
 from ..images import Preprocess
-from ..language.chat import IMAGE, Turn, stop_ids
-from ..language.decoder import DecoderConfig
+from ..language.chat import IMAGE, Turn, find_template, stop_ids
+from ..language.decoder import Decoder, DecoderConfig
 from ..language.generate import Sampling
 from ..language.tokenizer import open_tokenizer
 from ..mllm import (MLLM, MLLMConfig, Weights, WeightsError, fit_weights, language_family, no_memory, read_json,
-                          read_weights, weight_files)
+                          read_weights, write_weights)
 from ..evaluation.world import HeldOut, right_answers
-from ..training.loop import train
+from ..training.lora import (LoRASettings, add_adapters, adapter_base, local_folder, lora_stage, overlay,
+                                   read_adapter, read_whole, safe_file, save_adapter, trainable_names)
+from ..training.loop import plan_for, train
 from ..training.miniatures import ALIGN, TUNE, Trained, assemble_miniature, teach
-from ..training.recipes import find_recipe, training_config
+from ..training.recipes import RECIPES, Stage, find_recipe, training_config
 from ..vision.towers import Tower, TowerConfig
-from ..vision.vit import ViTConfig, load_transformers_state
+from ..vision.vit import ViTConfig, load_transformers_state, transformers_state
 
 # %% ../../nbs/9_papers/1_llava.ipynb #32aaa93f
 def clip_large(image_size: int) -> ViTConfig:
@@ -83,12 +88,6 @@ LLAVA_LIGHTNING_MPT_7B = MLLMConfig(MPT_7B, (CLIP_224,), ProjectorConfig("linear
 PUBLISHED = {"llava-v1.5-7b": LLAVA_1_5_7B, "llava-v1.5-13b": LLAVA_1_5_13B, "BakLLaVA-1": BAKLLAVA_1,
              "LLaVA-Lightning-MPT-7B": LLAVA_LIGHTNING_MPT_7B}
 
-# %% ../../nbs/9_papers/1_llava.ipynb #2967fa68
-def merged(weight: Float[Tensor, "out in"], a: Float[Tensor, "rank in"], b: Float[Tensor, "out rank"],
-           scale: float) -> Float[Tensor, "out in"]:
-    "W + scale B A (Hu 2021, section 4.1), computed in fp32, in W's dtype."
-    return (weight.float() + scale * (b.float() @ a.float())).to(weight.dtype)
-
 # %% ../../nbs/9_papers/1_llava.ipynb #2edf2e9f
 _TOWER = re.compile(r"^(model|transformer)\.vision_tower\.(?:vision_tower\.)?")
 _COMPUTED = re.compile(r"rotary_emb\.inv_freq$|\.position_ids$|attn\.(masked_)?bias$")
@@ -126,52 +125,28 @@ def tower_settings(settings: Mapping[str, Any], tower: TowerConfig) -> TowerConf
     return replace(tower, preprocess=preprocess, select_layer=settings.get("mm_vision_select_layer", -2),
                    select_feature=settings.get("mm_vision_select_feature", "patch"))
 
-# %% ../../nbs/9_papers/1_llava.ipynb #572eceb8
+# %% ../../nbs/9_papers/1_llava.ipynb #c856308d
 def tower_folder(settings: Mapping[str, Any], folder: Path, vision_tower: str | Path | None) -> Path | None:
     "A local folder with the tower: the given one, or what `mm_vision_tower` names here or in the Hugging Face cache."
-    name = str(vision_tower or settings.get("mm_vision_tower") or settings.get("vision_tower") or "")
-    for path in (Path(name), folder / name):
-        if name and (path / "config.json").is_file():
-            return path
-    if vision_tower is not None:
+    places = (Path(), folder)
+    if vision_tower is not None and not any((path / vision_tower / "config.json").is_file() for path in places):
         raise WeightsError(f"vision_tower: found no {vision_tower}/config.json, expected a vision encoder's folder")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-    try:
-        return Path(snapshot_download(name, local_files_only=True))
-    except (HFValidationError, LocalEntryNotFoundError):
-        return None
+    name = vision_tower or settings.get("mm_vision_tower") or settings.get("vision_tower") or ""
+    return local_folder(str(name), folder)
 
-# %% ../../nbs/9_papers/1_llava.ipynb #d8299f72
-def safe_file(folder: Path, stem: str) -> Path | None:
-    "folder/stem.safetensors; None without it and a pickle. Raises WeightsError where only the pickle is there."
-    if (folder / f"{stem}.safetensors").is_file():
-        return folder / f"{stem}.safetensors"
-    if (folder / f"{stem}.bin").is_file():
-        raise WeightsError(f"{folder / stem}.bin: is a pickle, which can run any code when opened. If you trust it, "
-                           f"convert it once with: mllm convert {folder}")
-    return None
-
-
-def read_whole(folder: Path) -> Weights:
-    "The weights of a whole model's folder; a pickle is refused with the way out."
-    if not (folder / "model.safetensors").is_file() and not (folder / "model.safetensors.index.json").is_file():
-        for pickle in sorted(folder.glob("pytorch_model*.bin")):
-            safe_file(folder, pickle.stem)
-    return read_weights(*weight_files(folder))
-
-# %% ../../nbs/9_papers/1_llava.ipynb #6c25650b
+# %% ../../nbs/9_papers/1_llava.ipynb #b6e1dd9b
 def load_tower(settings: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path,
-               vision_tower: str | Path | None) -> Tower:
-    "The tower, with weights from the checkpoint if it holds them, else from its own folder. Raises WeightsError."
+               vision_tower: str | Path | None, geometry: TowerConfig | None = None) -> Tower:
+    """The tower, with weights from the checkpoint if it holds them, else from its own folder. `geometry`: its settings,
+    where they are known already. Raises WeightsError."""
     name = settings.get("mm_vision_tower") or settings.get("vision_tower")
-    path = tower_folder(settings, folder, vision_tower)
-    if path is None and (not tensors or name not in TOWERS):
+    path = None if geometry and tensors else tower_folder(settings, folder, vision_tower)
+    if path is None and (not tensors or (geometry is None and name not in TOWERS)):
         raise WeightsError(f"{folder}/config.json, mm_vision_tower: found {name!r}, which is neither local nor in "
                            f"the Hugging Face cache; fetch it (hf download {name}) or name its folder: vision_tower=")
     try:
         known = TOWERS.get(name) if path is None else tower_config_of(path, name)
-        tower = Tower(tower_settings(settings, known))
+        tower = Tower(geometry or tower_settings(settings, known))
         load_tower_weights(tower, tensors or read_whole(path).tensors)
     except ValueError as error:
         raise WeightsError(f"{path if path and not tensors else folder}: vision tower: {error}") from None
@@ -246,82 +221,31 @@ def cover(manifest: Mapping[str, Any], language: str = "decoder") -> MLLM:
         weights = Weights(tensors, dict.fromkeys(tensors, "manifest"), manifest["checkpoint"])
         return assemble(settings, weights, tower, language=language)
 
-# %% ../../nbs/9_papers/1_llava.ipynb #d8b06b6e
-def overlay(base: Weights, top: Weights) -> Weights:
-    "The base's tensors with those of `top` put over them."
-    return Weights({**base.tensors, **top.tensors}, {**base.files, **top.files}, top.folder)
+# %% ../../nbs/9_papers/1_llava.ipynb #82a56c1f
+def read_base(folder: Path) -> Weights:
+    "All weights of a whole model's or language model's folder under published names; refuses an adapter."
+    if (folder / "adapter_config.json").is_file():
+        raise WeightsError(f"{folder}: holds an adapter itself, expected whole weights as a base; merge it first: "
+                           f"mllm merge {folder} --out DIR")
+    found = read_whole(folder)
+    if not (folder / "config.json").is_file() or "text_config" not in read_json(folder / "config.json"):
+        return found
+    return Weights({published_name(name): tensor for name, tensor in found.tensors.items()},
+                   {published_name(name): file for name, file in found.files.items()}, found.folder)
 
-
-_LORA = re.compile(r"^base_model\.model\.(.+)\.lora_(A|B)(?:\.default)?\.weight$")
-
-
-def lora_scale(settings: Mapping[str, Any], where: str) -> float:
-    "alpha / r of an adapter_config.json. Raises WeightsError for adapters that are more than plain LoRA."
-    for field in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out"):
-        if settings.get(field):
-            raise WeightsError(f"{where}/adapter_config.json, {field}: found {settings[field]}, expected plain LoRA")
-    return settings["lora_alpha"] / (settings["r"] ** 0.5 if settings.get("use_rslora") else settings["r"])
-
-# %% ../../nbs/9_papers/1_llava.ipynb #84209a43
-def lora_pairs(adapter: Weights) -> dict[str, dict[str, Tensor]]:
-    "Name of each adapted matrix -> its A and B. Raises WeightsError for any other tensor."
-    pairs: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in adapter.tensors.items():
-        match = _LORA.match(name)
-        if match is None:
-            raise WeightsError(f"{adapter.folder}/{adapter.files[name]}: {name}: expected only lora_A and lora_B")
-        pairs.setdefault(match[1] + ".weight", {})[match[2]] = tensor
-    return pairs
-
-# %% ../../nbs/9_papers/1_llava.ipynb #40fb9ddf
-def merge_lora(base: Weights, adapter: Weights, settings: Mapping[str, Any]) -> Weights:
-    "Merge an adapter (PEFT's names) into the base it was trained on: W + B A alpha / r. Raises WeightsError."
-    scale, tensors = lora_scale(settings, adapter.folder), dict(base.tensors)
-    for name, pair in lora_pairs(adapter).items():
-        if name not in tensors or set(pair) != {"A", "B"}:
-            raise WeightsError(f"{adapter.folder}: {name}: found lora_{'/'.join(sorted(pair))}, expected A and B, "
-                               f"and this key in the base {base.folder}")
-        (rows, rank_b), (rank_a, columns), shape = pair["B"].shape, pair["A"].shape, list(tensors[name].shape)
-        if rank_a != rank_b or [rows, columns] != shape:
-            raise WeightsError(f"{adapter.folder}: {name}: found A {[rank_a, columns]} and B {[rows, rank_b]}, "
-                               f"expected a product of shape {shape} as in {base.folder}")
-        tensors[name] = merged(tensors[name], pair["A"], pair["B"], scale)
-    return replace(base, tensors=tensors)
-
-# %% ../../nbs/9_papers/1_llava.ipynb #eb63717f
-def trainable_names(weights: Weights) -> Weights:
-    "PEFT's and DeepSpeed's prefixes taken off: base_model.model.model.mm_projector... becomes model.mm_projector..."
-    def plain(name: str) -> str:
-        name = name.removeprefix("base_model.model.")
-        return name if name.startswith(("model.", "transformer.", "lm_head.")) else f"model.{name}"
-    return Weights({plain(name): tensor for name, tensor in weights.tensors.items()},
-                   {plain(name): file for name, file in weights.files.items()}, weights.folder)
-
-# %% ../../nbs/9_papers/1_llava.ipynb #ffff02d2
-def read_adapter(folder: Path, base: str | Path) -> Weights:
-    "The base's weights with the adapter merged in, and with the other weights that were trained beside it."
-    file = safe_file(folder, "adapter_model")
-    if file is None:
-        raise WeightsError(f"{folder}: found adapter_config.json and no adapter_model.safetensors")
-    weights = merge_lora(read_whole(Path(base)), read_weights(file), read_json(folder / "adapter_config.json"))
-    others = safe_file(folder, "non_lora_trainables")
-    return weights if others is None else overlay(weights, trainable_names(read_weights(others)))
-
-# %% ../../nbs/9_papers/1_llava.ipynb #295607a5
+# %% ../../nbs/9_papers/1_llava.ipynb #5b7f7e28
 def read_parts(folder: Path, base: str | Path | None) -> Weights:
     "All weights of a published folder under published names: whole, projector on a base, or adapter on a base."
-    adapter, projector = (folder / "adapter_config.json").is_file(), None
-    if not adapter:
-        whole = [*folder.glob("model*.safetensors*"), *folder.glob("pytorch_model*.bin")]
-        projector = None if whole else safe_file(folder, "mm_projector")
-        if projector is None:
-            return read_whole(folder)
+    if (folder / "adapter_config.json").is_file():
+        return read_adapter(folder, read_base(adapter_base(folder, base)))
+    whole = [*folder.glob("model*.safetensors*"), *folder.glob("pytorch_model*.bin")]
+    projector = None if whole else safe_file(folder, "mm_projector")
+    if projector is None:
+        return read_whole(folder)
     if base is None:
-        what = "an adapter (LoRA)" if adapter else "a projector alone"
-        raise WeightsError(f"{folder}: holds {what}; name the folder of the language model it was trained on: base=")
-    if adapter:
-        return read_adapter(folder, base)
-    return overlay(read_whole(Path(base)), trainable_names(read_weights(projector)))
+        raise WeightsError(f"{folder}: holds a projector alone; name the folder of the language model it was trained "
+                           "on: base=")
+    return overlay(read_base(Path(base)), trainable_names(read_weights(projector)))
 
 # %% ../../nbs/9_papers/1_llava.ipynb #5191fe8d
 _HF_NAMES = [(re.compile(old), new) for old, new in [
@@ -358,7 +282,7 @@ def complete(part: Mapping[str, Any], default: str) -> dict[str, Any]:
     fields = dict(part)
     return AutoConfig.for_model(fields.pop("model_type", default), **fields).to_dict()
 
-# %% ../../nbs/9_papers/1_llava.ipynb #c7b6acd9
+# %% ../../nbs/9_papers/1_llava.ipynb #83397a15
 def from_transformers(settings: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], ViTConfig]:
     "Published fields, and the tower's geometry, from transformers' nested config.json. Raises WeightsError."
     check_transformers(settings, folder)
@@ -366,45 +290,73 @@ def from_transformers(settings: Mapping[str, Any], folder: Path) -> tuple[dict[s
     file = folder / "preprocessor_config.json"
     padded = file.is_file() and read_json(file).get("do_pad")
     feature = {"default": "patch", "full": "cls_patch"}[settings.get("vision_feature_select_strategy", "default")]
-    return {**text, "model_type": f"llava_{text['model_type']}", "mm_projector_type": "mlp2x_gelu",
+    words = {"vocab_size": settings.get("vocab_size_before_export", text["vocab_size"])}
+    return {**text, **words, "model_type": f"llava_{text['model_type']}", "mm_projector_type": "mlp2x_gelu",
             "mm_vision_tower": "vision_tower", "mm_vision_select_layer": settings.get("vision_feature_layer", -2),
             "mm_vision_select_feature": feature, "image_aspect_ratio": "pad" if padded else "square",
             }, ViTConfig.from_transformers(vision)
 
-# %% ../../nbs/9_papers/1_llava.ipynb #060f6527
+# %% ../../nbs/9_papers/1_llava.ipynb #9854c8a7
+def cut_vocabulary(weights: Weights, settings: Mapping[str, Any]) -> Weights:
+    "Without the rows that an export added for its image token (fewer rows than asked for are left to be refused)."
+    rows = settings["vocab_size"]
+    cut = {name: tensor[:rows].contiguous() for name, tensor in weights.tensors.items()
+           if name in ("model.embed_tokens.weight", "lm_head.weight")}
+    return replace(weights, tensors={**weights.tensors, **cut})
+
+# %% ../../nbs/9_papers/1_llava.ipynb #d345415a
 def load_transformers_folder(folder: Path, settings: Mapping[str, Any], **options) -> MLLM:
     "A folder of transformers' LlavaForConditionalGeneration."
-    settings, vit = from_transformers(settings, folder)
-    found = read_whole(folder)
-    weights = Weights({published_name(name): tensor for name, tensor in found.tensors.items()},
-                      {published_name(name): file for name, file in found.files.items()}, found.folder)
+    published, vit = from_transformers(settings, folder)
+    weights = read_base(folder)
+    weights = cut_vocabulary(weights, published) if "vocab_size_before_export" in settings else weights
     file = folder / "preprocessor_config.json"
     preprocess = Preprocess.from_json(file) if file.is_file() else Preprocess(size=vit.image_size)
-    tower = Tower(tower_settings(settings, TowerConfig("vision_tower", vit, preprocess)))
+    tower = Tower(tower_settings(published, TowerConfig("vision_tower", vit, preprocess)))
     try:
         load_transformers_state(tower.vit, sort_names(weights, newline=False)[0])
     except ValueError as error:
         raise WeightsError(f"{folder}: vision tower: {error}") from None
-    return assemble(settings, weights, tower, **options)
+    options["template"] = options.get("template") or settings.get("template_before_export")
+    return assemble(published, weights, tower, **options)
 
-# %% ../../nbs/9_papers/1_llava.ipynb #cb0a0069
+# %% ../../nbs/9_papers/1_llava.ipynb #ee4497b2
 def load_llava(folder: str | Path, *, base: str | Path | None = None, vision_tower: str | Path | None = None,
                language: str = "transformers", dtype: torch.dtype | None = None, template: str | None = None) -> MLLM:
     """A model of the LLaVA family from any of its published forms; config.json decides, never the folder's name.
 
-    base: the language model's folder, for a projector alone or an adapter. vision_tower: the encoder's folder, where
-    the files do not hold it. language: 'transformers' or 'decoder'. Raises WeightsError: file, keys, found, expected.
+    base: the language model's folder, for a projector alone or an adapter (None: what the adapter names).
+    vision_tower: the encoder's folder, where the files do not hold it. language: 'transformers' or 'decoder'.
+    Raises WeightsError: file, keys, found, expected.
     """
     folder = Path(folder)
     settings = read_json(folder / "config.json")
     options = {"language": language, "dtype": dtype, "template": template}
     if "mllm_nb" in settings:
-        return MLLM.from_pretrained(folder, language=language, dtype=dtype)
+        return load_own(folder, settings, base=base, vision_tower=vision_tower, **options)
     if "text_config" in settings:
         return load_transformers_folder(folder, settings, **options)
     weights = read_parts(folder, base)
     tower = load_tower(settings, sort_names(weights, newline=False)[0], folder, vision_tower)
     return assemble(settings, weights, tower, **options)
+
+# %% ../../nbs/9_papers/1_llava.ipynb #60e01703
+def load_own(folder: Path, settings: Mapping[str, Any], *, base: str | Path | None, vision_tower: str | Path | None,
+             language: str, dtype: torch.dtype | None, template: str | None) -> MLLM:
+    "A folder that this library wrote: a whole model, or an adapter with its base (towers: the base's, or their own)."
+    if not (folder / "adapter_config.json").is_file():
+        return MLLM.from_pretrained(folder, language=language, dtype=dtype)
+    weights = read_parts(folder, base)
+    config = MLLMConfig.from_dict(settings, language=language)
+    config = replace(config, template=template or config.template)
+    towers, optional = None, ()
+    if len(config.towers) == 1:
+        found, weights = sort_names(weights, config.has_newline)
+        towers = [load_tower(settings, found, folder, vision_tower, config.towers[0])]
+        optional = ("model.vision_tower.",)
+    with no_memory():
+        model = MLLM(config, towers=towers)
+    return fit_weights(model, weights, dtype, optional).eval()
 
 # %% ../../nbs/9_papers/1_llava.ipynb #444051bf
 def convert_pickle(path: str | Path) -> Path:
@@ -431,6 +383,173 @@ def convert_folder(folder: str | Path) -> list[Path]:
         (folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return written
 
+# %% ../../nbs/9_papers/1_llava.ipynb #a694cb68
+def refuse_export(model: MLLM) -> None:
+    "Raise WeightsError for a model that is not of transformers' LLaVA architecture, naming the field."
+    config, tower = model.config, model.config.towers[0] if model.config.towers else None
+    projector = getattr(config.connector, "mm_projector_type", None)
+    decoder = model.language.config if isinstance(model.language, Decoder) else None
+    odd = decoder is not None and (decoder.norm_offset or decoder.embedding_scale or decoder.num_experts
+                                   or decoder.attention_bias != decoder.attention_output_bias)
+    for field, found, expected, fits in (
+            ("towers", len(config.towers), "one", len(config.towers) == 1),
+            ("mm_projector_type", projector, "mlp2x_gelu", projector == "mlp2x_gelu"),
+            ("mm_patch_merge_type", config.mm_patch_merge_type, "flat", config.mm_patch_merge_type == "flat"),
+            ("language", config.model_type, "a Llama, Mistral or the like with model.* names", not odd and all(
+                name.startswith(("language.lm.model.", "language.model.", "language.lm.lm_head.", "language.lm_head."))
+                for name in model.state_dict() if name.startswith("language."))),
+            ("token_count", tower and tower.token_count, "the encoder's own",
+             tower and tower.token_count in (None, tower.vit.grid ** 2)),
+            ("image_aspect_ratio", tower and tower.preprocess.aspect, "pad, square or stretch",
+             tower and tower.preprocess.aspect in ("pad", "square", "stretch"))):
+        if not fits:
+            raise WeightsError(f"export to transformers, {field}: found {found}, expected {expected}")
+
+# %% ../../nbs/9_papers/1_llava.ipynb #ae3729de
+def vision_fields(config: ViTConfig) -> dict[str, Any]:
+    "The vision_config of an export: CLIP's or SigLIP's. Raises WeightsError for other encoders."
+    if config.layer_scale is not None or config.gated or config.pre_norm != config.class_token:
+        raise WeightsError(f"export to transformers, vision tower: found {config}, expected a CLIP or SigLIP")
+    kind = "clip_vision_model" if config.class_token else "siglip_vision_model"
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size",
+             "hidden_act", "layer_norm_eps", "num_channels")
+    head = {} if config.class_token else {"vision_use_head": False}
+    return {"model_type": kind, **{name: getattr(config, name) for name in names}, **head}
+
+
+def text_fields(model: MLLM, rows: int) -> dict[str, Any]:
+    "The text_config of an export, with so many rows in the word tables."
+    if not isinstance(model.language, Decoder):
+        return {**model.language.lm.config.to_dict(), "vocab_size": rows}
+    from transformers import AutoConfig
+    family = language_family(model.config.model_type)
+    known = AutoConfig.for_model(family).to_dict().keys() | {"rope_theta", "rope_scaling"}
+    fields = {name: value for name, value in model.config.to_dict().items() if name in known}
+    return {**AutoConfig.for_model(family, **fields).to_dict(), "vocab_size": rows}
+
+# %% ../../nbs/9_papers/1_llava.ipynb #8057c92f
+def grown(table: Float[Tensor, "words width"], rows: int) -> Float[Tensor, "rows width"]:
+    "A word table with more rows, each the mean of all that were there."
+    mean = table.detach().float().mean(dim=0, keepdim=True).to(table.dtype)
+    return torch.cat([table.detach(), mean.expand(rows - len(table), -1)])
+
+
+def transformers_tensors(model: MLLM, rows: int) -> dict[str, Tensor]:
+    "All weights under the names of published LlavaForConditionalGeneration folders; a tied head once."
+    tower, projector = model.towers[0].vit, model.connector.state_dict()
+    words = {name.removeprefix("language.").removeprefix("lm."): tensor for name, tensor in model.state_dict().items()
+             if name.startswith("language.")}
+    table = "model.embed_tokens.weight"
+    if "lm_head.weight" in words and words["lm_head.weight"].data_ptr() == words[table].data_ptr():
+        del words["lm_head.weight"]
+    words |= {name: grown(words[name], rows) for name in (table, "lm_head.weight") if name in words}
+    return {**{f"language_model.{name}": tensor for name, tensor in words.items()},
+            **{name.replace("mm_projector.0.", "multi_modal_projector.linear_1.").replace(
+                "mm_projector.2.", "multi_modal_projector.linear_2."): tensor for name, tensor in projector.items()},
+            **transformers_state(tower, "vision_tower.vision_model.")}
+
+# %% ../../nbs/9_papers/1_llava.ipynb #d232ed4f
+_TURNS = r"""
+{%- if messages[0].role != 'system' -%}{{ OPENING }}{%- endif -%}
+{%- set seen = namespace(questions=0) -%}
+{%- for message in messages -%}
+  {%- set text -%}
+    {%- if message.content is string -%}{{ message.content }}{%- else -%}
+      {%- for part in message.content if part.type == 'image' -%}{{ '<image>\n' }}{%- endfor -%}
+      {%- for part in message.content if part.type == 'text' -%}{{ part.text }}{%- endfor -%}
+    {%- endif -%}
+  {%- endset -%}
+  {%- if message.role == 'system' -%}{{ BEFORE_SYSTEM + text + AFTER_SYSTEM }}
+  {%- elif message.role == 'user' -%}{{ (QUESTION if seen.questions else FIRST) + text + AFTER_QUESTION }}
+    {%- set seen.questions = 1 -%}
+  {%- else -%}{{ ANSWER + LEAD + text + AFTER_ANSWER }}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ ANSWER }}{%- endif -%}"""   # Jinja: the same for every template
+
+# %% ../../nbs/9_papers/1_llava.ipynb #afdadd89
+def chat_template(name: str) -> str | None:
+    "A template of `language.chat` in Jinja, as serving tools want it; None for those with more than plain turns."
+    template = find_template(name)
+    if template.prompting or template.examples or template.after_image or not template.keep_question:
+        return None
+    (before, after), (question, ended) = template.system_wrap, template.question
+    strings = {
+        "OPENING": template.begin + (template.system.join(template.system_wrap) if template.system else ""),
+        "BEFORE_SYSTEM": template.begin + before, "AFTER_SYSTEM": after, "QUESTION": question, "AFTER_QUESTION": ended,
+        "FIRST": question if template.first_question is None else template.first_question,
+        **dict(zip(("ANSWER", "LEAD", "AFTER_ANSWER"), template.answer))}
+    return "".join(f"{{%- set {key} = {json.dumps(text)} -%}}" for key, text in strings.items()) + _TURNS
+
+# %% ../../nbs/9_papers/1_llava.ipynb #dd9a1b44
+def image_fields(settings: Preprocess) -> dict[str, Any]:
+    "The preprocessor_config.json of an export; padding is done by transformers' LlavaImageProcessor as LLaVA does it."
+    kind = {"pad": "LlavaImageProcessor", "square": "CLIPImageProcessor", "stretch": "SiglipImageProcessor"}
+    side, filters = settings.side, {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
+    square = {"height": side, "width": side}
+    return {"image_processor_type": kind[settings.aspect], "processor_class": "LlavaProcessor",
+            "do_convert_rgb": True, "do_resize": True, "do_rescale": True, "do_normalize": True,
+            "rescale_factor": settings.rescale, "resample": filters[settings.resample],
+            "image_mean": list(settings.mean), "image_std": list(settings.std),
+            **({"size": square} if settings.aspect == "stretch" else
+               {"size": {"shortest_edge": settings.size}, "do_center_crop": True, "crop_size": square}),
+            **({"do_pad": True} if settings.aspect == "pad" else {})}
+
+# %% ../../nbs/9_papers/1_llava.ipynb #6b352311
+def export_tokenizer(source: Path, target: Path, template: str) -> int:
+    "Write the tokenizer with a token for the image (and for padding, if there is none); returns the image's id."
+    from transformers import AddedToken, PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
+    fast = (source / "tokenizer.json").is_file() and not (source / "tokenizer.model").is_file()
+    opener = PreTrainedTokenizerFast if fast else AutoTokenizer
+    tokenizer = opener.from_pretrained(source, local_files_only=True)
+    tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)
+    if tokenizer.pad_token is None:
+        tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    if jinja := chat_template(template):
+        tokenizer.chat_template = jinja
+    tokenizer.save_pretrained(target)
+    return tokenizer.convert_tokens_to_ids(IMAGE)
+
+# %% ../../nbs/9_papers/1_llava.ipynb #80a97cfe
+def export_transformers(model: MLLM, folder: str | Path, tokenizer: str | Path | None = None,
+                        shard_bytes: float = 5e9) -> Path:
+    """Write a model as a folder of transformers' LlavaForConditionalGeneration (vLLM, SGLang and llama.cpp read it).
+
+    tokenizer: the folder of its tokenizer's files; without it the image token follows the last word, and no processor
+    is written. Raises WeightsError, naming the field, for a model that this architecture cannot express.
+    """
+    refuse_export(model)
+    folder, vocabulary = Path(folder), len(model.language.state_dict()[
+        "model.embed_tokens.weight" if isinstance(model.language, Decoder) else "lm.model.embed_tokens.weight"])
+    folder.mkdir(parents=True, exist_ok=True)
+    tower, template = model.config.towers[0], model.config.template
+    image = vocabulary if tokenizer is None else export_tokenizer(Path(tokenizer), folder, template)
+    rows = vocabulary if image + 1 < vocabulary else -(-(image + 2) // 64) * 64
+    files = {"config.json": transformers_fields(model, rows, image, vocabulary),
+             "preprocessor_config.json": image_fields(tower.preprocess)}
+    if tokenizer is not None:
+        files["processor_config.json"] = {
+            "processor_class": "LlavaProcessor", "patch_size": tower.vit.patch_size, "image_token": IMAGE,
+            "vision_feature_select_strategy": files["config.json"]["vision_feature_select_strategy"],
+            "num_additional_image_tokens": tower.vit.extra_tokens}
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+    write_weights(folder, transformers_tensors(model, rows), shard_bytes)
+    return folder
+
+# %% ../../nbs/9_papers/1_llava.ipynb #40a73f1a
+def transformers_fields(model: MLLM, rows: int, image: int, vocabulary: int) -> dict[str, Any]:
+    "The config.json of an export; the last two fields are for the way back."
+    tower, text = model.config.towers[0], text_fields(model, rows)
+    whole = tower.select_feature == "cls_patch" or not tower.vit.class_token
+    dtype = str(next(model.language.parameters()).dtype).removeprefix("torch.")
+    return {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "dtype": dtype,
+            "text_config": text, "vision_config": vision_fields(tower.vit), "image_token_index": image,
+            "image_seq_length": tower.tokens, "projector_hidden_act": "gelu", "multimodal_projector_bias": True,
+            "vision_feature_layer": tower.select_layer, "tie_word_embeddings": text.get("tie_word_embeddings", False),
+            "vision_feature_select_strategy": "full" if whole else "default",
+            "vocab_size_before_export": vocabulary, "template_before_export": model.config.template}
+
 # %% ../../nbs/9_papers/1_llava.ipynb #eb96f6db
 def processor_for(model: MLLM, tokenizer: Any, **changes) -> Processor:
     "The processor that fits a model: its template, its towers' images and its layout; `changes` replace fields."
@@ -440,7 +559,16 @@ def processor_for(model: MLLM, tokenizer: Any, **changes) -> Processor:
                 "max_length": config.tokenizer_model_max_length}
     return Processor(tokenizer, **settings | changes)
 
-# %% ../../nbs/9_papers/1_llava.ipynb #6ec09355
+# %% ../../nbs/9_papers/1_llava.ipynb #0ff06395
+def tokenizer_folder(folder: Path, base: str | Path | None = None) -> Path:
+    "Where a checkpoint's tokenizer lies: with it, or with the base that it needs."
+    if any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
+        return folder
+    if base is not None:
+        return Path(base)
+    return adapter_base(folder) if (folder / "adapter_config.json").is_file() else folder
+
+# %% ../../nbs/9_papers/1_llava.ipynb #29c526a6
 @dataclass
 class Chat:
     "A conversation with a model about one or more pictures."
@@ -453,7 +581,7 @@ class Chat:
     def open(cls, folder: str | Path, **where) -> "Chat":
         "A chat with the model of a folder; `where` (base, vision_tower) as in `load_llava`."
         model = load_llava(folder, **where).eval()
-        return cls(model, processor_for(model, open_tokenizer(where.get("base") or folder)))
+        return cls(model, processor_for(model, open_tokenizer(tokenizer_folder(Path(folder), where.get("base")))))
 
     def look(self, image) -> None:
         "Show a picture (path, bytes or Pillow image); it belongs to the next question."
@@ -510,28 +638,95 @@ def good_records(file: str | Path, images: str | Path | None, skip_bad: bool) ->
         print("left out: " + ", ".join(records.where(i) for i in report.skip))
     return records, report.skip
 
-# %% ../../nbs/9_papers/1_llava.ipynb #a1eaccbd
-def train_on_records(arguments: Any) -> int:
-    "The work of `mllm train`."
-    stage = {stage.name: stage for stage in find_recipe(arguments.recipe).stages}[arguments.stage]
-    records, skip = good_records(arguments.data, arguments.images, arguments.skip_bad)
-    model = load_llava(arguments.model, base=arguments.base, vision_tower=arguments.vision_tower)
-    tokenizer = open_tokenizer(arguments.base or arguments.model)
-    processor = processor_for(model, tokenizer, too_long="truncate", images_first=True)
+# %% ../../nbs/9_papers/1_llava.ipynb #ae955210
+def chosen_stage(arguments: Any) -> tuple[Stage, LoRASettings | None]:
+    "The recipe's stage, with adapters where the recipe or `--lora`, `--rank`, `--quantize` ask for them."
+    if arguments.recipe not in RECIPES:
+        raise ValueError(f"--recipe: found {arguments.recipe}, expected one of {', '.join(RECIPES)}")
+    recipe = find_recipe(arguments.recipe)
+    if arguments.stage not in {stage.name for stage in recipe.stages}:
+        raise ValueError(f"--stage: found {arguments.stage}, expected one of "
+                         f"{', '.join(stage.name for stage in recipe.stages)}")
+    stage = recipe.stage(arguments.stage)
+    asked = arguments.lora or arguments.rank or arguments.quantize
+    stage = lora_stage(stage) if asked else stage
+    if stage.lora is None:
+        return stage, None
+    changes = {"rank": arguments.rank, "alpha": 2.0 * arguments.rank} if arguments.rank else {}
+    return stage, replace(LoRASettings.of_stage(stage, quantization=arguments.quantize), **changes)
+
+# %% ../../nbs/9_papers/1_llava.ipynb #f6e9bafd
+def stage_config(arguments: Any, stage: Stage):
+    "TrainingConfig of a stage with what the command line replaces."
     rows = arguments.per_device or min(stage.per_device_batch, arguments.batch or stage.global_batch)
-    changes = {"global_batch": arguments.batch, "learning_rate": arguments.learning_rate, "max_steps": arguments.steps}
-    config = training_config(replace(stage, global_batch=arguments.batch or stage.global_batch), per_device_batch=rows,
-                             **{name: value for name, value in changes.items() if value is not None}, save_every=100)
-    settings = BatchSettings(processor.max_length, config.micro_batch, packing=False,
+    changes = {"learning_rate": arguments.learning_rate, "max_steps": arguments.steps, "optimizer": arguments.optimizer}
+    return training_config(replace(stage, global_batch=arguments.batch or stage.global_batch), per_device_batch=rows,
+                           **{name: value for name, value in changes.items() if value is not None}, save_every=100)
+
+
+def batches_of(records: Records, skip: Sequence[int], processor: Processor, rows: int, stage: Stage) -> Batches:
+    "Batches of a stage; prints what is left out."
+    settings = BatchSettings(processor.max_length, rows, packing=False,
                              buckets=tuple(size for size in (256, 512, 1024) if size < processor.max_length),
                              group_by_modality=stage.group_by_modality)
     batches = Batches(records, processor, settings, skip=skip)
     for line in batches.left_out:
         print(line)
-    train(model, batches, config, arguments.out)
-    target = Path(arguments.out) / "model"
-    model.save_pretrained(target)
-    (tokenizer.save if hasattr(tokenizer, "save") else tokenizer.save_pretrained)(target)
+    return batches
+
+# %% ../../nbs/9_papers/1_llava.ipynb #ba56bbfc
+def copy_tokenizer(source: str | Path, target: str | Path) -> None:
+    "The files of a tokenizer, as they are."
+    for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                 "added_tokens.json"):
+        if (Path(source) / name).is_file():
+            shutil.copyfile(Path(source) / name, Path(target) / name)
+
+
+def save_trained(model: MLLM, arguments: Any, adapters: LoRASettings | None) -> Path:
+    "The whole model in OUT/model, or the adapter in OUT/adapter; the tokenizer's files beside it."
+    base = Path(arguments.base or arguments.model)
+    target = Path(arguments.out) / ("model" if adapters is None else "adapter")
+    if adapters is None:
+        model.save_pretrained(target)
+    else:
+        save_adapter(model, target, base, weights=read_base(base))
+    copy_tokenizer(base, target)
+    print(target)
+    return target
+
+# %% ../../nbs/9_papers/1_llava.ipynb #0a5e7dd5
+def train_on_records(arguments: Any) -> int:
+    "The work of `mllm train`."
+    stage, adapters = chosen_stage(arguments)
+    if adapters and (Path(arguments.model) / "adapter_config.json").is_file():
+        raise ValueError(f"{arguments.model}: holds an adapter already; make a whole model of it first: "
+                         f"mllm merge {arguments.model} --out DIR")
+    records, skip = good_records(arguments.data, arguments.images, arguments.skip_bad)
+    config = stage_config(arguments, stage)
+    # what learns is kept in fp32; weights that stay may be as short as what they are computed in
+    dtype = plan_for(config).dtype if adapters else torch.float32
+    model = load_llava(arguments.model, base=arguments.base, vision_tower=arguments.vision_tower, dtype=dtype)
+    processor = processor_for(model, open_tokenizer(arguments.base or arguments.model), too_long="truncate",
+                              images_first=True)
+    if adapters:
+        torch.manual_seed(config.seed)
+        add_adapters(model, adapters)
+    train(model, batches_of(records, skip, processor, config.micro_batch, stage), config, arguments.out)
+    save_trained(model, arguments, adapters)
+    return 0
+
+# %% ../../nbs/9_papers/1_llava.ipynb #271f469c
+def convert_model(arguments: Any) -> int:
+    "The work of `mllm merge` and `mllm export`: a whole model in our form, or in that of transformers."
+    model = load_llava(arguments.model, base=arguments.base, vision_tower=arguments.vision_tower)
+    source, out = tokenizer_folder(Path(arguments.model), arguments.base), Path(arguments.out)
+    if arguments.command == "export":
+        export_transformers(model, out, source)
+    else:
+        model.save_pretrained(out)
+        copy_tokenizer(source, out)
+    print(out)
     return 0
 
 # %% ../../nbs/9_papers/1_llava.ipynb #78576f18
