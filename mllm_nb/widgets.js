@@ -69,7 +69,7 @@ const mllmWidgets = (() => {
   function choice(name, options, chosen, onchange) {
     const group = element("fieldset", {}, element("legend", {}, name));
     for (const option of options) {
-      const input = element("input", {type: "radio", name: "choice", value: option, onchange: () => onchange(option)});
+      const input = element("input", {type: "radio", name, value: option, onchange: () => onchange(option)});
       input.checked = option === chosen;
       group.append(element("label", {}, input, " " + option));
     }
@@ -314,6 +314,133 @@ const mllmWidgets = (() => {
     return value => {
       const index = payload.ranks.findIndex(entry => entry.rank === value.rank);
       if (index >= 0) show(index, false);
+    };
+  };
+
+  /* ---- a query cell, its window on every encoder's grid, and whom it believes ---- */
+
+  draw.windows = (root, payload, report) => {
+    const shown = 232, small = 168, cells = payload.queries * payload.queries;
+    let index = payload.start;
+    const image = new Image();
+    const percent = share => `${(100 * share).toFixed(0)} %`;
+    const picture = element("canvas", {width: shown, height: shown, tabindex: 0, role: "application", "data-part": "queries",
+      "aria-label": payload.title + ": query cells; arrow keys move, Home and End jump"});
+    const status = element("div", {class: "status", role: "status", "aria-live": "polite"});
+    const towers = payload.towers.map(tower => ({...tower, values: bytes(tower.weights), canvas: element("canvas", {width: small, height: small, role: "img"}),
+      bar: element("div", {style: "height:10px;background:#0072B2"}), text: element("div", {"data-part": "share"})}));
+
+    function outline(context, x, y, side) {
+      for (const [colour, width] of [["#fff", 5], ["#D55E00", 2.5]]) {
+        context.strokeStyle = colour;
+        context.lineWidth = width;
+        context.strokeRect(x, y, side, side);
+      }
+    }
+
+    function lines(context, size, count) {
+      context.strokeStyle = "rgba(255,255,255,.6)";
+      context.lineWidth = 1;
+      context.beginPath();
+      for (let i = 1; i < count; i++) {
+        context.moveTo(i * size / count, 0); context.lineTo(i * size / count, size);
+        context.moveTo(0, i * size / count); context.lineTo(size, i * size / count);
+      }
+      context.stroke();
+    }
+
+    function paint() {
+      const row = Math.floor(index / payload.queries), column = index % payload.queries, context = picture.getContext("2d");
+      context.drawImage(image, 0, 0, shown, shown);
+      lines(context, shown, payload.queries);
+      outline(context, column * shown / payload.queries, row * shown / payload.queries, shown / payload.queries);
+      for (const tower of towers) {
+        const own = tower.canvas.getContext("2d"), step = small / tower.side, count = tower.window * tower.window;
+        const weights = tower.values.subarray(index * count, (index + 1) * count), top = Math.max(1, ...weights);
+        own.drawImage(image, 0, 0, small, small);
+        own.fillStyle = "rgba(255,255,255,.55)";
+        own.fillRect(0, 0, small, small);
+        weights.forEach((weight, i) => {
+          const x = column * tower.window + i % tower.window, y = row * tower.window + Math.floor(i / tower.window);
+          own.fillStyle = `rgb(${cividis(weight / top)})`;
+          own.fillRect(x * step, y * step, step, step);
+        });
+        if (tower.side <= 32) lines(own, small, tower.side);
+        outline(own, column * tower.window * step, row * tower.window * step, tower.window * step);
+      }
+    }
+
+    function select(next, tell) {
+      index = clamp(next, 0, cells - 1);
+      const row = Math.floor(index / payload.queries), column = index % payload.queries;
+      const parts = towers.map(tower => {
+        const share = tower.shares[index];
+        tower.bar.style.width = `${100 * share}%`;
+        tower.text.textContent = percent(share);
+        tower.canvas.setAttribute("aria-label", `${tower.name}: a window of ${tower.window} × ${tower.window} tokens of its ${tower.side} × ${tower.side}, weight ${percent(share)}`);
+        return `${tower.name} ${percent(share)}`;
+      });
+      status.textContent = `Query ${index} (row ${row}, column ${column}) believes: ${parts.join(", ")}.`;
+      picture.dataset.selected = index;
+      paint();
+      if (tell) report({query: index, row, column});
+    }
+
+    const at = event => {
+      const box = picture.getBoundingClientRect(), side = payload.queries;
+      const place = (value, from, length) => clamp(Math.floor((value - from) / length * side), 0, side - 1);
+      return place(event.clientY, box.top, box.height) * side + place(event.clientX, box.left, box.width);
+    };
+    picture.addEventListener("pointermove", event => select(at(event), false));
+    picture.addEventListener("click", event => select(at(event), true));
+    picture.addEventListener("keydown", event => {
+      const next = moved(event.key, index, payload.queries, cells);
+      if (next === null) return;
+      event.preventDefault();
+      event.stopPropagation();
+      select(next, true);
+    });
+    root.append(element("div", {class: "row"}, element("div", {}, element("div", {}, `${payload.queries} × ${payload.queries} queries`), picture),
+      ...towers.map(tower => element("div", {style: `width:${small}px`}, element("div", {}, `${tower.name}: ${tower.side} × ${tower.side}`), tower.canvas,
+        element("div", {style: "background:#e5e7eb;margin-top:4px"}, tower.bar), tower.text))), status,
+      element("div", {class: "hint"}, "Point at a query, or focus the left picture and use the arrow keys. Yellow tokens have the most weight within their window; bars compare the encoders."));
+    image.onload = paint;
+    image.src = payload.image;
+    select(index, false);
+    return value => select(value.query, false);
+  };
+
+  /* ---- settings to choose, and the facts that follow ---- */
+
+  draw.settings = (root, payload, report) => {
+    const chosen = [...payload.start];
+    const table = element("table", {"data-part": "facts"}), status = element("div", {class: "status", role: "status", "aria-live": "polite"});
+
+    function show(tell) {
+      const entry = payload.entries[chosen.join(",")], names = payload.controls.map(([name, options], i) => `${name} ${options[chosen[i]]}`);
+      const rows = entry.facts.map(([name, text, share]) => element("tr", {}, element("th", {scope: "row"}, name),
+        element("td", {style: "text-align:right"}, text), element("td", {}, share === null ? "" :
+          element("div", {style: `width:${Math.max(1, Math.round(260 * share))}px;height:12px;background:#0072B2`}))));
+      table.replaceChildren(...rows);
+      status.textContent = `${names.join(", ")}: ` + (entry.refused || entry.facts.map(([name, text]) => `${name} ${text}`).join("; "));
+      root.dataset.chosen = chosen.join(",");
+      if (tell) report(Object.fromEntries(payload.controls.map(([name, options], i) => [name, options[chosen[i]]])));
+    }
+
+    payload.controls.forEach(([name, options], i) => root.append(choice(name, options, options[chosen[i]], option => {
+      chosen[i] = options.indexOf(option);
+      show(true);
+    })));
+    root.append(table, status, element("div", {class: "hint"}, "A bar compares with the largest value that these settings can reach. Tab goes from setting to setting, the arrow keys choose."));
+    show(false);
+    return value => {
+      payload.controls.forEach(([name, options], i) => {
+        const found = options.indexOf(value[name]);
+        if (found < 0) return;
+        chosen[i] = found;
+        root.querySelectorAll("fieldset")[i].querySelectorAll("input")[found].checked = true;
+      });
+      show(false);
     };
   };
 

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['LIMIT', 'IGNORED', 'WidgetTooLarge', 'script', 'Widget', 'patch_grid_payload', 'patch_grid_explorer', 'runs_of',
            'sample_mask', 'token_strip_payload', 'token_role_strip', 'flip_book', 'signed_bytes', 'rank_facts',
-           'lora_rank_explorer']
+           'lora_rank_explorer', 'window_weights', 'window_viewer', 'settings_explorer']
 
-# %% ../nbs/appendix/widgets.ipynb #119ae625
+# %% ../nbs/appendix/widgets.ipynb #9e549fdd
 import base64
 import functools
 import hashlib
 import html
 import io
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 import mllm_nb
-from .plots import ROLE_COLORS, array_of, patch_rows, show_lines, show_patches, show_strip
+from .plots import ROLE_COLORS, array_of, canvas, patch_rows, show_lines, show_patches, show_strip
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -286,3 +287,86 @@ def lora_rank_explorer(change: Any, losses: Mapping[int, float] | Sequence[int] 
     figure = show_lines(range(1, len(values) + 1), {"singular values": values}, "direction", "size", title,
                         mark=max(1, entries[start]["rank"]))
     return Widget(payload, png_of(figure), {"rank": entries[start]["rank"]})
+
+# %% ../nbs/appendix/widgets.ipynb #11c30e48
+def window_weights(weights: Mapping[str, Any]) -> tuple[int, list[dict[str, Any]]]:
+    "Side of the query grid, and what is drawn for each encoder. ValueError where the arrays cannot belong together."
+    arrays = {name: np.asarray(array, dtype=np.float64) for name, array in weights.items()}
+    shapes = {name: array.shape for name, array in arrays.items()}
+    cells = {shape[0] for shape in shapes.values() if len(shape) == 2}
+    side = round(max(cells, default=0) ** .5)
+    if len(cells) != 1 or side ** 2 not in cells or any(
+            len(shape) != 2 or round(shape[1] ** .5) ** 2 != shape[1] for shape in shapes.values()):
+        raise ValueError(f"weights: found shapes {shapes}, expected [queries, tokens of a window], all squares, "
+                         "as many queries for each encoder")
+    if not np.allclose(sum(array.sum(1) for array in arrays.values()), 1, atol=1e-3):
+        raise ValueError("weights: all of one query's must sum to 1")
+    towers = [{"name": name, "window": round(array.shape[1] ** .5), "side": side * round(array.shape[1] ** .5),
+               "weights": base64.b64encode((array / array.max() * 255).round().astype(np.uint8).tobytes()).decode(),
+               "shares": [round(float(share), 4) for share in array.sum(1)]} for name, array in arrays.items()]
+    return side, towers
+
+# %% ../nbs/appendix/widgets.ipynb #4bb6b64e
+def window_viewer(picture: Any, weights: Mapping[str, Any], title: str = "Whom does a query believe?",
+                  start: int | None = None) -> Widget:
+    """A query cell, its window on each encoder's grid, and how its attention is shared among them.
+
+    `picture`: PIL image, array or tensor (its middle square is shown); `weights`: encoder -> numbers [queries, tokens of
+    a window], row by row. The value in a live notebook: {"query", "row", "column"}.
+    """
+    side, towers = window_weights(weights)
+    coded, image = io.BytesIO(), square_of(picture, 232)
+    image.save(coded, "JPEG", quality=90)
+    start = side ** 2 // 2 + side // 2 if start is None else start
+    shares = {tower["name"]: tower["shares"] for tower in towers}
+    figure = show_lines(range(side ** 2), shares, "query", "share of attention", title, mark=start)
+    payload = {"kind": "windows", "title": title, "queries": side, "start": start, "towers": towers,
+               "image": data_address(coded.getvalue(), "image/jpeg")}
+    return Widget(payload, png_of(figure), {"query": start, "row": start // side, "column": start % side})
+
+# %% ../nbs/appendix/widgets.ipynb #8da94ac1
+def looked_up(facts: Callable[..., Mapping[str, float]], chosen: Mapping[str, Any]) -> dict[str, Any]:
+    "The facts of one combination, or why it is refused (the formula's own ValueError)."
+    try:
+        return {"facts": dict(facts(**chosen)), "refused": None}
+    except ValueError as reason:
+        return {"facts": {}, "refused": str(reason)}
+
+
+def spelled(number: float) -> str:
+    "A number as it is said: 1234567 is '1.23 million', 576 is '576'."
+    for size, word in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
+        if abs(number) >= size:
+            return f"{number / size:.3g} {word}"
+    return f"{number:,.0f}" if number == int(number) or abs(number) >= 1000 else f"{number:.3g}"
+
+
+def written(lines: Sequence[str]) -> "Figure":
+    "Lines of text as a figure, for pages without scripts."
+    figure, axes = canvas(6, .3 * len(lines) + .2)
+    axes.flat[0].axis("off")
+    axes.flat[0].text(0, 1, "\n".join(lines), va="top", linespacing=1.6)
+    return figure
+
+# %% ../nbs/appendix/widgets.ipynb #c7e8872f
+def settings_explorer(title: str, facts: Callable[..., Mapping[str, float]], **controls: Sequence[Any]) -> Widget:
+    """Radio buttons for every setting, and the facts that follow: `facts(**chosen)` gives name -> number.
+
+    It is called once for every combination; where it raises ValueError, the reason is shown. The first value of each
+    control is chosen at the start. The value in a live notebook: {control: chosen value as text}.
+    """
+    if not controls or not all(len(options) for options in controls.values()):
+        raise ValueError(f"settings_explorer: found controls {dict(controls)}, expected at least one value for each")
+    places = list(itertools.product(*(range(len(options)) for options in controls.values())))
+    found = {place: looked_up(facts, {name: options[i] for (name, options), i in zip(controls.items(), place)})
+             for place in places}
+    most = {name: max(abs(one["facts"].get(name, 0)) for one in found.values()) or 1
+            for one in found.values() for name in one["facts"]}
+    entries = {",".join(map(str, place)): one | {"facts": [
+        [name, spelled(value), round(abs(value) / most[name], 4)] for name, value in one["facts"].items()]}
+        for place, one in found.items()}
+    listed = [[name, [str(option) for option in options]] for name, options in controls.items()]
+    payload = {"kind": "settings", "title": title, "controls": listed, "start": [0] * len(controls), "entries": entries}
+    lines = [f"{name}: {text}" for name, text, _ in entries[",".join("0" * len(controls))]["facts"]]
+    head = [title, ", ".join(f"{name} = {options[0]}" for name, options in listed)]
+    return Widget(payload, png_of(written(head + lines)), {name: options[0] for name, options in listed})

@@ -14,7 +14,8 @@ from conftest import ROOT
 from PIL import Image
 
 from mllm_nb.samples import photo
-from mllm_nb.widgets import Widget, WidgetTooLarge, flip_book, patch_grid_explorer, token_role_strip
+from mllm_nb.widgets import (
+    Widget, WidgetTooLarge, flip_book, patch_grid_explorer, settings_explorer, token_role_strip, window_viewer)
 
 
 def gradient(side: int = 64) -> Image.Image:
@@ -87,6 +88,43 @@ def test_flip_book_frames():
         flip_book(lambda: None)
 
 
+def viewer() -> Widget:
+    weights = np.full((4, 5), .2)
+    weights[3] = [.6, .1, .1, .2, 0]
+    return window_viewer(gradient(), {"words": weights[:, :1], "pictures": weights[:, 1:]})
+
+
+def test_window_weights():
+    words, pictures = viewer().payload["towers"]
+    assert viewer().payload["queries"] == 2 and (words["side"], pictures["side"]) == (2, 4)
+    assert words["shares"] == [.2, .2, .2, .6] and pictures["shares"][3] == .4
+    assert list(base64.b64decode(pictures["weights"]))[-4:] == [128, 128, 255, 0]
+
+
+@pytest.mark.parametrize("shapes", [[(4, 1), (9, 4)], [(3, 1)], [(4, 3)], []])
+def test_weights_that_do_not_belong_together_are_named(shapes):
+    with pytest.raises(ValueError, match="found shapes"):
+        window_viewer(gradient(), {str(i): np.full(shape, 1 / shape[1]) for i, shape in enumerate(shapes)})
+    with pytest.raises(ValueError, match="sum to 1"):
+        window_viewer(gradient(), {"one": np.ones((4, 4))})
+
+
+def explorer() -> Widget:
+    def facts(side, patch):
+        if side % patch:
+            raise ValueError(f"{patch} does not divide {side}")
+        return {"tokens": (side // patch) ** 2}
+    return settings_explorer("Cut", facts, side=[64, 96], patch=[16, 32, 48])
+
+
+def test_settings_are_looked_up_and_refusals_told():
+    entries = explorer().payload["entries"]
+    assert entries["0,0"]["facts"] == [["tokens", "16", round(16 / 36, 4)]] and entries["1,0"]["facts"][0][2] == 1
+    assert entries["0,2"] == {"facts": [], "refused": "48 does not divide 64"}
+    with pytest.raises(ValueError, match="at least one value"):
+        settings_explorer("Cut", lambda: {}, side=[])
+
+
 def test_html_is_self_contained_deterministic_and_safe():
     made = strip().html()
     assert made == strip().html()
@@ -105,7 +143,7 @@ def test_a_widget_that_is_too_large_says_so():
 
 def test_the_script_draws_what_python_offers():
     code = (ROOT / "mllm_nb" / "widgets.js").read_text(encoding="utf-8")
-    for widget in (strip(), patch_grid_explorer(gradient(), (32,), 64)):
+    for widget in (strip(), patch_grid_explorer(gradient(), (32,), 64), viewer(), explorer()):
         assert f"draw.{widget.payload['kind']} =" in code
     assert "</" not in code.replace("</script>", "") and "http" not in code
 
@@ -190,6 +228,36 @@ def test_flip_book_page(opened):
     page.keyboard.press("ArrowRight")
     assert page.locator("[data-part=value]").inner_text().strip() == "size = 2"
     assert page.locator("img.frame").get_attribute("src") != before
+
+
+@pytest.mark.xdist_group("browser")
+def test_window_viewer_page(opened):
+    page = opened(viewer())
+    queries, status = page.locator("[data-part=queries]"), page.locator("[role=status]")
+    assert queries.get_attribute("data-selected") == "3" and "words 60 %, pictures 40 %" in status.inner_text()
+    queries.focus()
+    for key, expected in (("Home", "0"), ("ArrowRight", "1"), ("ArrowDown", "3"), ("ArrowDown", "3")):
+        page.keyboard.press(key)
+        assert queries.get_attribute("data-selected") == expected, key
+    box = queries.bounding_box()
+    page.mouse.click(box["x"] + 5, box["y"] + box["height"] - 5)
+    value = json.loads(page.locator("[data-mllm-widget]").get_attribute("data-value"))
+    assert value == {"query": 2, "row": 1, "column": 0}
+    assert page.locator("[data-part=share]").all_inner_texts() == ["20 %", "80 %"]
+
+
+@pytest.mark.xdist_group("browser")
+def test_settings_page(opened):
+    page = opened(explorer())
+    assert page.locator("[data-part=facts]").inner_text().split() == ["tokens", "16"]
+    page.locator("fieldset").nth(0).locator("input").nth(0).focus()
+    page.keyboard.press("ArrowRight")
+    assert page.locator("[data-part=facts]").inner_text().split() == ["tokens", "36"]
+    page.locator("fieldset").nth(1).locator("input").nth(2).check()
+    page.locator("fieldset").nth(0).locator("input").nth(0).check()
+    assert "48 does not divide 64" in page.locator("[role=status]").inner_text()
+    value = json.loads(page.locator("[data-mllm-widget]").get_attribute("data-value"))
+    assert value == {"side": "64", "patch": "48"}
 
 
 @pytest.mark.xdist_group("browser")
