@@ -494,7 +494,7 @@ def image_fields(settings: Preprocess) -> dict[str, Any]:
                {"size": {"shortest_edge": settings.size}, "do_center_crop": True, "crop_size": square}),
             **({"do_pad": True} if settings.aspect == "pad" else {})}
 
-# %% ../../nbs/9_papers/1_llava.ipynb #6b352311
+# %% ../../nbs/9_papers/1_llava.ipynb #82dafd61
 def export_tokenizer(source: Path, target: Path, template: str) -> int:
     "Write the tokenizer with a token for the image (and for padding, if there is none); returns the image's id."
     from transformers import AddedToken, PreTrainedTokenizerFast
@@ -507,6 +507,7 @@ def export_tokenizer(source: Path, target: Path, template: str) -> int:
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
     if jinja := chat_template(template):
         tokenizer.chat_template = jinja
+    tokenizer.init_kwargs.pop("written_by", None)   # it is the book's own tokenizer no more
     tokenizer.save_pretrained(target)
     return tokenizer.convert_tokens_to_ids(IMAGE)
 
