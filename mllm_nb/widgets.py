@@ -311,8 +311,8 @@ def window_viewer(picture: Any, weights: Mapping[str, Any], title: str = "Whom d
                   start: int | None = None) -> Widget:
     """A query cell, its window on each encoder's grid, and how its attention is shared among them.
 
-    `picture`: PIL image, array or tensor (its middle square is shown); `weights`: encoder -> numbers [queries, tokens of
-    a window], row by row. The value in a live notebook: {"query", "row", "column"}.
+    `picture`: PIL image, array or tensor (its middle square is shown); `weights`: encoder -> numbers [queries, tokens
+    of a window], row by row. The value in a live notebook: {"query", "row", "column"}.
     """
     side, towers = window_weights(weights)
     coded, image = io.BytesIO(), square_of(picture, 232)

@@ -7,7 +7,7 @@ __all__ = ['HEADS', 'PIECE', 'LAYER_TYPES', 'cut_windows', 'show_windows', 'open
            'OutputMLP', 'plain_attention', 'Window', 'normalised', 'SamplerLayer', 'folded', 'tower_scores',
            'in_pieces', 'tower_values', 'split_cells', 'fast_attention', 'multiplications', 'TowerAttention',
            'SeparateLayer', 'VisionSampler', 'square_side', 'SVAConfig', 'Sight', 'SpatialVisionAggregator',
-           'plain_features', 'sampled', 'decoder_layers', 'looking', 'tower_shares']
+           'plain_features', 'sampled', 'decoder_layers', 'looking', 'window_shares']
 
 # %% ../../nbs/3_connect/3_sva.ipynb #070855c1
 from collections.abc import Callable, Iterator, Sequence
@@ -496,11 +496,11 @@ def looking(language: nn.Module, samplers: Sequence[VisionSampler], config: SVAC
         for handle in handles:
             handle.remove()
 
-# %% ../../nbs/3_connect/3_sva.ipynb #0307ef76
-def tower_shares(layer: SamplerLayer, queries: Float[Tensor, "views cells query"],
-                 context: Float[Tensor, "views 1 context"], windows: Sequence[Window]) -> Float[Tensor,
-                                                                                                "views cells towers"]:
-    "How much of its attention each cell gives to each tower (mean over heads)."
+# %% ../../nbs/3_connect/3_sva.ipynb #fe152870
+def window_shares(layer: SamplerLayer, queries: Float[Tensor, "views cells query"],
+                  context: Float[Tensor, "views 1 context"], windows: Sequence[Window]
+                  ) -> list[Float[Tensor, "views cells window"]]:
+    "How much of its attention each cell gives to each token of each tower's window (mean over heads; all sum to 1)."
     attention = layer.cross_attn
     query = attention.q_proj(layer.joined(queries, context))
     query = rearrange(query, "views cells (heads dim) -> views cells heads dim", heads=HEADS)
@@ -509,4 +509,4 @@ def tower_shares(layer: SamplerLayer, queries: Float[Tensor, "views cells query"
     scores = [tower_scores(query * query.shape[-1] ** -.5, normal, *folded(getattr(attention, f"k_proj_{k}")))
               .masked_fill(~one.mask[:, :, None], -torch.inf) for k, (normal, one) in enumerate(zip(normals, windows))]
     shares = torch.cat(scores, dim=-1).softmax(dim=-1).mean(dim=2)
-    return torch.stack([part.sum(-1) for part in shares.split([score.shape[-1] for score in scores], dim=-1)], dim=-1)
+    return list(shares.split([score.shape[-1] for score in scores], dim=-1))
