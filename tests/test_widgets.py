@@ -15,7 +15,8 @@ from PIL import Image
 
 from mllm_nb.samples import photo
 from mllm_nb.widgets import (
-    Widget, WidgetTooLarge, flip_book, patch_grid_explorer, settings_explorer, token_role_strip, window_viewer)
+    Widget, WidgetTooLarge, flip_book, lora_rank_explorer, patch_grid_explorer, settings_explorer, token_role_strip,
+    window_viewer)
 
 
 def gradient(side: int = 64) -> Image.Image:
@@ -125,6 +126,38 @@ def test_settings_are_looked_up_and_refusals_told():
         settings_explorer("Cut", lambda: {}, side=[])
 
 
+def low_rank(seed: int = 0) -> np.ndarray:
+    "A matrix [20, 12] of rank 2."
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(20, 2)) @ rng.normal(size=(2, 12))
+
+
+def test_rank_payload():
+    matrix = low_rank()
+    payload = lora_rank_explorer(matrix, {0: 2.0, 1: 1.0, 2: 0.25}, shown=8).payload
+    values = np.linalg.svd(matrix, compute_uv=False)
+    assert np.allclose(payload["singular"], values, atol=1e-4) and len(payload["singular"]) == 12
+    assert [entry["numbers"] for entry in payload["ranks"]] == [0, 32, 64] and [entry["loss"] for entry in payload["ranks"]] == [2, 1, .25]
+    shares = [entry["kept"] for entry in payload["ranks"]]
+    assert shares[0] == 0 and abs(shares[1] - values[0] ** 2 / (values ** 2).sum()) < 1e-5 and abs(shares[2] - 1) < 1e-6
+    pictures = [np.frombuffer(base64.b64decode(entry["matrix"]), np.uint8).reshape(8, 8).astype(float) for entry in payload["ranks"]]
+    assert (pictures[0] == 128).all()   # rank 0 is no change at all
+    assert np.abs((pictures[2] - 128) / 127 * np.abs(matrix[:8, :8]).max() - matrix[:8, :8]).max() < 0.05
+    assert json.loads(json.dumps(payload)) == payload
+
+
+@pytest.mark.parametrize("matrix, ranks, message", [
+    (np.zeros(3), (1,), "expected a matrix"), (np.full((3, 3), np.nan), (1,), "finite"), (low_rank(), (13,), "found .13., expected 0 to 12"),
+    (low_rank(), (), "expected 0 to 12"), (low_rank(), (-1,), "expected 0 to 12")])
+def test_ranks_that_cannot_be_are_refused(matrix, ranks, message):
+    with pytest.raises(ValueError, match=message):
+        lora_rank_explorer(matrix, ranks)
+
+
+def test_no_change_at_all_is_drawn_too():
+    assert [entry["kept"] for entry in lora_rank_explorer(np.zeros((4, 3)), (1, 2)).payload["ranks"]] == [0, 0]
+
+
 def test_html_is_self_contained_deterministic_and_safe():
     made = strip().html()
     assert made == strip().html()
@@ -143,7 +176,8 @@ def test_a_widget_that_is_too_large_says_so():
 
 def test_the_script_draws_what_python_offers():
     code = (ROOT / "mllm_nb" / "widgets.js").read_text(encoding="utf-8")
-    for widget in (strip(), patch_grid_explorer(gradient(), (32,), 64), viewer(), explorer()):
+    for widget in (strip(), patch_grid_explorer(gradient(), (32,), 64), viewer(), explorer(),
+                   lora_rank_explorer(low_rank(), (1, 2))):
         assert f"draw.{widget.payload['kind']} =" in code
     assert "</" not in code.replace("</script>", "") and "http" not in code
 
@@ -258,6 +292,22 @@ def test_settings_page(opened):
     assert "48 does not divide 64" in page.locator("[role=status]").inner_text()
     value = json.loads(page.locator("[data-mllm-widget]").get_attribute("data-value"))
     assert value == {"side": "64", "patch": "48"}
+
+
+@pytest.mark.xdist_group("browser")
+def test_rank_explorer_page(opened):
+    page = opened(lora_rank_explorer(low_rank(), {1: 1.0, 2: 0.25, 4: 0.25}))
+    facts, status = page.locator("[data-part=facts]"), page.locator("[role=status]")
+    assert "64 of 240" in facts.inner_text() and "Rank 2 keeps 100 %" in status.inner_text()   # it opens in the middle
+    page.locator("input[type=range]").focus()
+    page.keyboard.press("ArrowLeft")
+    assert "rank 1" in page.locator("[data-part=value]").inner_text() and "1.0000" in facts.inner_text()
+    assert json.loads(page.locator("[data-mllm-widget]").get_attribute("data-value")) == {"rank": 1}
+    colours = """() => { const c = document.querySelector('[data-mllm-widget]').shadowRoot.querySelector('[data-part=spectrum]');
+                         const at = x => [...c.getContext('2d').getImageData(x, 199, 1, 1).data].slice(0, 3); return [at(5), at(40)] }"""
+    assert page.evaluate(colours) == [[0xE6, 0x9F, 0], [0x9C, 0xA3, 0xAF]]   # the first direction is kept, the second not
+    matrix = page.locator("[data-part=matrix]")
+    assert matrix.get_attribute("aria-label").startswith("the change cut to rank 1")
 
 
 @pytest.mark.xdist_group("browser")

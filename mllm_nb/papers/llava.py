@@ -404,6 +404,7 @@ def refuse_export(model: MLLM) -> None:
              tower and tower.preprocess.aspect in ("pad", "square", "stretch"))):
         if not fits:
             raise WeightsError(f"export to transformers, {field}: found {found}, expected {expected}")
+    vision_fields(tower.vit)
 
 # %% ../../nbs/9_papers/1_llava.ipynb #ae3729de
 def vision_fields(config: ViTConfig) -> dict[str, Any]:
@@ -424,7 +425,7 @@ def text_fields(model: MLLM, rows: int) -> dict[str, Any]:
     from transformers import AutoConfig
     family = language_family(model.config.model_type)
     known = AutoConfig.for_model(family).to_dict().keys() | {"rope_theta", "rope_scaling"}
-    fields = {name: value for name, value in model.config.to_dict().items() if name in known}
+    fields = {name: value for name, value in model.config.to_dict().items() if name in known - {"model_type"}}
     return {**AutoConfig.for_model(family, **fields).to_dict(), "vocab_size": rows}
 
 # %% ../../nbs/9_papers/1_llava.ipynb #8057c92f
