@@ -7,7 +7,7 @@ __all__ = ['EXTRAS', 'NEEDED', 'COMMANDS', 'Command', 'parity_arguments', 'run_p
            'convert_arguments', 'run_convert', 'installed', 'missing_of', 'device_lines', 'extra_line',
            'doctor_arguments', 'run_doctor', 'tour_arguments', 'run_tour', 'part_arguments', 'run_part',
            'claims_arguments', 'run_claims', 'chat_arguments', 'run_chat', 'train_arguments', 'run_train',
-           'form_arguments', 'run_form', 'build_parser', 'main']
+           'form_arguments', 'run_form', 'tokenize_arguments', 'run_tokenize', 'build_parser', 'main']
 
 # %% ../nbs/appendix/command.ipynb #2f3a6092
 import argparse
@@ -82,6 +82,7 @@ def run_convert(arguments: argparse.Namespace) -> int:
 EXTRAS = {
     "ui": "pictures and live widgets in notebooks", "lab": "JupyterLab to read the book in",
     "lora": "adapters by PEFT", "quant": "4- and 8-bit weights by bitsandbytes", "serve": "the web demo by Gradio",
+    "video": "frames of films by PyAV",
     "tpu": "TPUs by PyTorch/XLA (an environment of its own)", "dev": "everything to work on the library",
 }
 NEEDED = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pillow", "einops", "jaxtyping")
@@ -258,13 +259,40 @@ def run_form(arguments: argparse.Namespace) -> int:
     from mllm_nb.papers.llava import convert_model
     return convert_model(arguments)
 
-# %% ../nbs/appendix/command.ipynb #a8d069ed
+# %% ../nbs/appendix/command.ipynb #2c694dd4
+def tokenize_arguments(parser: argparse.ArgumentParser) -> None:
+    "Options of `mllm tokenize`."
+    parser.add_argument("source", nargs="?", help="a folder of pictures and films, one film, or a list: a sentence a "
+                        "line, its pictures divided by tabs")
+    parser.add_argument("--world", type=int, metavar="N", help="N pictures of the miniature world instead")
+    parser.add_argument("--merge", nargs="+", metavar="DIR", help="merge the shards of these folders and check them")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the shards; a second call goes on there")
+    parser.add_argument("--tokenizer", metavar="DIR", help="a VQGAN's folder (default: the shipped miniature)")
+    parser.add_argument("--released", action="store_true", help="its weights are those of LVM or muse")
+    parser.add_argument("--side", type=int, help="pixels of the square (default: the tokenizer's)")
+    parser.add_argument("--frames", type=int, default=16, help="frames of a film in a sentence (default: 16)")
+    parser.add_argument("--stride", type=int, default=8, help="frames from one to the next (default: 8)")
+    parser.add_argument("--kind", default="video", help="of sentences with several pictures (default: video)")
+    parser.add_argument("--shard", default="1/1", metavar="I/N", help="make every N-th shard, from the I-th on")
+    parser.add_argument("--per-shard", type=int, default=100, help="items of a shard (default: 100)")
+    parser.add_argument("--batch", type=int, default=16, help="pictures encoded at once (default: 16)")
+    parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16", "float16", "auto"),
+                        help="auto: half precision if it is faster and 99 percent of the words stay")
+
+
+def run_tokenize(arguments: argparse.Namespace) -> int:
+    "Pictures to shards of picture words."
+    from mllm_nb.data.tokenize import run_tokenize
+    return run_tokenize(arguments)
+
+# %% ../nbs/appendix/command.ipynb #c68f2bb0
 COMMANDS: tuple[Command, ...] = (
     Command("tour", "train the miniature systems here, examine them, write a report", tour_arguments, run_tour),
     Command("train", "train a model on your own records with a published recipe", train_arguments, run_train),
     Command("chat", "ask a model about a picture", chat_arguments, run_chat),
     Command("claims", "re-run the papers' claims in miniature, over several seeds", claims_arguments, run_claims),
     Command("part", "rebuild a shipped miniature part", part_arguments, run_part),
+    Command("tokenize", "turn pictures and films into shards of picture words", tokenize_arguments, run_tokenize),
     Command("data", "look after data files", data_arguments, run_data),
     Command("parity", "compare with what the originals computed", parity_arguments, run_parity),
     Command("merge", "make a whole model of an adapter and its base", form_arguments, run_form),

@@ -1,11 +1,7 @@
 "Visual sentences: layouts, records, packing, shards that survive a kill, and the small LVM's parts."
 import base64
-import json
-import os
-import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -14,7 +10,7 @@ from hypothesis import strategies as st
 
 from mllm_nb.drawing.visual_sentences import (
     KINDS, Sentence, SentenceIds, Shards, arranged, frame_numbers, keep_mask, pack_records, read_record, record_tokens,
-    rows_of_shots, sentences_of, tokenize_files, whole_rows, write_record, write_shard, writing_windows)
+    rows_of_shots, sentences_of, whole_rows, write_record, write_shard, writing_windows)
 
 
 def test_layouts():
@@ -131,49 +127,3 @@ def test_shards_of_two_tokenizers_are_refused(tmp_path):
         Shards(tmp_path / "nothing")
     with pytest.raises(ValueError, match="expected 0 to 65535"):
         write_shard(tmp_path / "x", [Sentence(np.array([70000]), "paired", 1)], "a")
-
-
-WORKER = """
-import sys, time
-from pathlib import Path
-import numpy as np
-from mllm_nb.drawing.visual_sentences import tokenize_files
-def encode(path):
-    time.sleep(.002)
-    if path.stem.endswith("7"): raise ValueError("damaged")
-    return np.frombuffer(path.read_bytes(), np.uint8).astype(int)
-files = sorted(Path(sys.argv[1]).iterdir())
-tokenize_files(files, encode, sys.argv[2], "toy", per_shard=10, part=(int(sys.argv[3]), int(sys.argv[4])))
-"""
-
-
-def test_killed_five_times_and_shared_by_two_the_shards_are_the_same(tmp_path):
-    source = tmp_path / "files"
-    source.mkdir()
-    for number in range(200):
-        (source / f"{number:04d}").write_bytes(bytes([number % 251] * 16))
-
-    def work(target, part=(0, 1)):
-        return subprocess.Popen([sys.executable, "-c", WORKER, source, tmp_path / target, *map(str, part)])
-
-    assert work("whole").wait() == 0
-    for after in (.35, .45, .4, .5, .42):
-        process = work("killed")
-        time.sleep(after)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert work("killed").wait() == 0
-    assert work("shared", (1, 2)).wait() == 0 and work("shared", (0, 2)).wait() == 0
-    expected = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
-    for target in ("killed", "shared"):
-        found = {path.name: path.read_bytes() for path in (tmp_path / target).iterdir() if path.name[0] != "."}
-        assert found == expected
-    notes = [note for path in sorted((tmp_path / "whole").glob("*.json")) for note in json.loads(path.read_text())["notes"]]
-    assert len(notes) == 20 and notes[0] == "0007: damaged" and len(Shards(tmp_path / "whole")) == 180
-
-
-def test_refused_files_are_returned(tmp_path):
-    def encode(path):
-        raise OSError("cannot be opened")
-    assert tokenize_files([tmp_path / "a"], encode, tmp_path / "out", "toy") == ["a: cannot be opened"]
-    assert os.listdir(tmp_path / "out")

@@ -4,11 +4,15 @@
 
 # %% auto #0
 __all__ = ['nearest_codes', 'Quantised', 'Quantizer', 'VQGANConfig', 'normalise', 'activate', 'ResidualBlock', 'AttentionBlock',
-           'Resample', 'Level', 'Middle', 'VQEncoder', 'VQDecoder', 'VQGAN', 'save_vqgan', 'load_vqgan', 'Critic',
+           'Resample', 'Level', 'Middle', 'VQEncoder', 'VQDecoder', 'pictures_at_once', 'VQGAN', 'save_vqgan',
+           'load_vqgan', 'fingerprint', 'halved', 'Precision', 'choose_precision', 'sample_pictures', 'Critic',
            'interest', 'hinge', 'perceived', 'perceptual_loss', 'Judged', 'slope', 'VQGANTeacher']
 
-# %% ../../nbs/4_draw/1_vqgan.ipynb #447f5529
+# %% ../../nbs/4_draw/1_vqgan.ipynb #d64198c6
+import copy
+import hashlib
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -21,14 +25,16 @@ from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..samples import samples_path
+from ..device import cpu_multiplies_bf16
+from ..samples import photo, samples_path
 
 # %% ../../nbs/4_draw/1_vqgan.ipynb #ded3b76e
 def nearest_codes(vectors: Float[Tensor, "*places width"], codebook: Float[Tensor, "codes width"]
                   ) -> Int[Tensor, "*places"]:
-    "The number of the code with the least squared distance to each vector."
-    flat = vectors.reshape(-1, codebook.shape[1])
-    return torch.addmm(codebook.square().sum(1), flat, codebook.T, alpha=-2).argmin(1).reshape(vectors.shape[:-1])
+    "The number of the code with the least squared distance to each vector; 2048 vectors at once, to save memory."
+    flat, lengths = vectors.reshape(-1, codebook.shape[1]), codebook.square().sum(1)
+    found = [torch.addmm(lengths, part, codebook.T, alpha=-2).argmin(1) for part in flat.split(2048)]
+    return torch.cat(found).reshape(vectors.shape[:-1])
 
 # %% ../../nbs/4_draw/1_vqgan.ipynb #b89e2a08
 @dataclass
@@ -209,7 +215,7 @@ class VQEncoder(nn.Module):
         hidden = self.conv_in(pixels)
         for level in self.down:
             hidden = level(hidden)
-        return self.conv_out(activate(self.norm_out, self.mid(hidden)))
+        return self.conv_out(activate(self.norm_out, self.mid(hidden)).to(self.conv_out.weight.dtype))
 
 # %% ../../nbs/4_draw/1_vqgan.ipynb #58f26783
 class VQDecoder(nn.Module):
@@ -230,7 +236,12 @@ class VQDecoder(nn.Module):
             hidden = level(hidden)
         return self.conv_out(activate(self.norm_out, hidden))
 
-# %% ../../nbs/4_draw/1_vqgan.ipynb #d45220e2
+# %% ../../nbs/4_draw/1_vqgan.ipynb #eda8eb20
+def pictures_at_once(device: torch.device, pixels: int) -> int:
+    "How many pictures of so many pixels pass through together: on a CPU few, for what they become must fit its caches."
+    return max(1, (2 ** 16 if device.type == "cpu" else 2 ** 22) // max(pixels, 1))
+
+# %% ../../nbs/4_draw/1_vqgan.ipynb #61d2b047
 class VQGAN(nn.Module):
     """A picture tokenizer (Esser 2021; muse's `modeling_taming_vqgan.py`, which LVM uses), under the published names.
 
@@ -250,12 +261,14 @@ class VQGAN(nn.Module):
         patch, (height, width) = self.config.patch, pixels.shape[-2:]
         if height % patch or width % patch or not height or not width:
             raise ValueError(f"VQGAN: found {width} x {height} pixels, expected multiples of {patch}")
-        return self.quant_conv(self.encoder(pixels))
+        return self.quant_conv(self.encoder(pixels.to(self.encoder.conv_in.weight.dtype)))
 
     def encode(self, pixels: Float[Tensor, "pictures 3 height width"]) -> Int[Tensor, "pictures places"]:
-        "The numbers of the nearest codes, row by row."
-        places = rearrange(self.latents(pixels), "pictures width rows columns -> pictures (rows columns) width")
-        return nearest_codes(places, self.quantize.embedding.weight.to(places.dtype))
+        "The numbers of the nearest codes, row by row, compared in fp32."
+        pattern = "pictures width rows columns -> pictures (rows columns) width"
+        codebook = self.quantize.embedding.weight.float()
+        parts = pixels.split(pictures_at_once(pixels.device, pixels.shape[-2] * pixels.shape[-1]))
+        return torch.cat([nearest_codes(rearrange(self.latents(part), pattern).float(), codebook) for part in parts])
 
     def look_up(self, codes: Int[Tensor, "pictures places"], rows: int | None = None
                 ) -> Float[Tensor, "pictures width rows columns"]:
@@ -272,11 +285,12 @@ class VQGAN(nn.Module):
     def decode(self, codes: Int[Tensor, "pictures places"], rows: int | None = None
                ) -> Float[Tensor, "pictures 3 height width"]:
         "Pixels of the codes; `rows` of the grid where it is no square."
-        return self.paint(self.look_up(codes, rows))
+        parts = self.look_up(codes, rows).split(pictures_at_once(codes.device, codes.shape[1] * self.config.patch ** 2))
+        return torch.cat([self.paint(part) for part in parts])
 
     def paint(self, vectors: Float[Tensor, "pictures width rows columns"]) -> Float[Tensor, "pictures 3 height width"]:
         "Pixels of vectors of the codebook."
-        return self.decoder(self.post_quant_conv(vectors))
+        return self.decoder(self.post_quant_conv(vectors.to(self.post_quant_conv.weight.dtype)))
 
     def forward(self, pixels: Float[Tensor, "pictures 3 height width"]
                 ) -> tuple[Float[Tensor, "pictures 3 height width"], Quantised]:
@@ -309,6 +323,63 @@ def load_vqgan(folder: str | Path | None = None, released: bool = False) -> VQGA
         raise ValueError(f"{folder}/model.safetensors: {len(odd)} weights do not fit config.json: {odd[:6]}")
     model.load_state_dict({name: value.float() for name, value in state.items()})
     return model.eval()
+
+# %% ../../nbs/4_draw/1_vqgan.ipynb #538bac2a
+def fingerprint(model: VQGAN) -> str:
+    "A name that two tokenizers share only if they give the same words: of their settings and all their weights."
+    untold = {"legacy_beta": None, "commitment_cost": None, "dropout": None}     # of training alone
+    settings = json.dumps(asdict(model.config) | untold, sort_keys=True)
+    digest = hashlib.sha256(settings.encode())
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(name.encode() + weight.detach().cpu().float().contiguous().numpy().tobytes())
+    return f"vqgan-{model.config.num_embeddings}-{digest.hexdigest()[:16]}"
+
+# %% ../../nbs/4_draw/1_vqgan.ipynb #599bc151
+def halved(model: VQGAN, dtype: torch.dtype) -> VQGAN:
+    "A copy that computes in another precision; the last layers and the codebook stay as they are."
+    model = copy.deepcopy(model)
+    kept = {"quantize": model.quantize, "quant_conv": model.quant_conv, "conv_out": model.encoder.conv_out}
+    for part in (model.encoder, model.decoder, model.post_quant_conv):
+        part.to(dtype)
+    for part in kept.values():
+        part.float()
+    return model
+
+
+@dataclass(frozen=True)
+class Precision:
+    "What was chosen, and why: how many times faster than fp32, and the share of words that stayed."
+    dtype: torch.dtype
+    gain: float = 1.0
+    equal: float = 1.0
+
+# %% ../../nbs/4_draw/1_vqgan.ipynb #3112507a
+@torch.inference_mode()
+def choose_precision(model: VQGAN, pixels: Float[Tensor, "pictures 3 height width"] | None = None,
+                     least_gain: float = 1.2, least_equal: float = 0.99, rounds: int = 2
+                     ) -> tuple[Precision, list[Precision]]:
+    "(the precision to encode in, all that were measured); `pixels` None: four of the shipped photographs."
+    device = next(model.parameters()).device
+    pixels = (sample_pictures(model.config.resolution) if pixels is None else pixels).to(device)
+    halves = (torch.bfloat16, torch.float16) if device.type == "cuda" else (torch.bfloat16,) * cpu_multiplies_bf16()
+    models = {torch.float32: model} | {dtype: halved(model, dtype) for dtype in halves}
+    words, best = {dtype: one.encode(pixels) for dtype, one in models.items()}, dict.fromkeys(models, float("inf"))
+    for _ in range(rounds):          # in turn, so that a busy moment slows all
+        for dtype, one in models.items():
+            start = time.perf_counter()
+            one.encode(pixels[:1]).cpu()
+            best[dtype] = min(best[dtype], time.perf_counter() - start)
+    same = {dtype: (found == words[torch.float32]).float().mean().item() for dtype, found in words.items()}
+    measured = [Precision(dtype, best[torch.float32] / best[dtype], same[dtype]) for dtype in models]
+    good = [one for one in measured if one.gain >= least_gain and one.equal >= least_equal]
+    return max(good, key=lambda one: one.gain, default=measured[0]), measured
+
+
+def sample_pictures(side: int) -> Float[Tensor, "4 3 side side"]:
+    "Four shipped photographs as squares, values 0 to 1."
+    names = ("coffee", "astronaut", "china", "chelsea")
+    raw = b"".join(photo(name).convert("RGB").resize((side, side)).tobytes() for name in names)
+    return torch.frombuffer(bytearray(raw), dtype=torch.uint8).reshape(4, side, side, 3).movedim(-1, 1) / 255
 
 # %% ../../nbs/4_draw/1_vqgan.ipynb #20e12392
 class Critic(nn.Module):

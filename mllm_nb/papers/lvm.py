@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'SIDE', 'WORDS', 'TOKENIZER', 'PAIRS', 'lvm_config', 'parameters_of', 'load_lvm', 'export_lvm', 'as_pixels',
-           'task_picture', 'TokenizerBatches', 'pretrain_vqgan', 'rebuild_vqgan', 'make_pairs', 'fingerprint',
-           'pairs_of', 'analogies', 'SentenceBatch', 'AnalogyBatches', 'NextWord', 'next_word_loss', 'small_config',
-           'DrawnBy', 'train_miniature', 'draw', 'examine', 'gallery']
+           'task_picture', 'TokenizerBatches', 'pretrain_vqgan', 'rebuild_vqgan', 'make_pairs', 'pairs_of', 'analogies',
+           'SentenceBatch', 'AnalogyBatches', 'NextWord', 'next_word_loss', 'small_config', 'DrawnBy',
+           'train_miniature', 'draw', 'examine', 'gallery']
 
 # %% ../../nbs/9_papers/5_lvm.ipynb #c1b7b7bf
 import json
@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..data.world import ANNOTATIONS, Objects, annotate, make_picture
-from ..drawing.vqgan import VQGAN, VQGANConfig, VQGANTeacher, load_vqgan, save_vqgan
+from ..drawing.vqgan import VQGAN, VQGANConfig, VQGANTeacher, fingerprint, load_vqgan, save_vqgan
 from ..drawing.visual_sentences import Sentence, SentenceIds, Shards, whole_rows, write_shard
 from ..evaluation.metrics import perplexity, squared_error
 from ..language.decoder import Decoder, DecoderConfig, attention_mask, load_transformers_state
@@ -158,11 +158,6 @@ def make_pairs(folder: str | Path, model: VQGAN, counts: Mapping[str, int] = PAI
                       for i, pair in enumerate(codes.unflatten(0, (-1, 2)))]
         Path(folder).mkdir(parents=True, exist_ok=True)
         write_shard(Path(folder) / split, pairs, fingerprint(model))
-
-# %% ../../nbs/9_papers/5_lvm.ipynb #ffd3edaa
-def fingerprint(model: VQGAN) -> str:
-    "A name for a tokenizer: what its codebook adds up to."
-    return f"vqgan-{model.config.num_embeddings}-{model.quantize.embedding.weight.detach().double().abs().sum():.6f}"
 
 # %% ../../nbs/9_papers/5_lvm.ipynb #1da20c6f
 def pairs_of(split: str, folder: str | Path | None = None) -> dict[str, Int[Tensor, "pairs 2 words"]]:
