@@ -185,8 +185,8 @@ class ParameterGroup:
     def matches(self, name: str) -> bool:
         return any(fnmatchcase(name, part.strip()) for part in self.pattern.split("|"))
 
-# %% ../../nbs/6_train/1_loop.ipynb #9343d53b
-def _group_of(name: str, groups: Sequence[ParameterGroup]) -> ParameterGroup:
+# %% ../../nbs/6_train/1_loop.ipynb #a507f1b8
+def group_of(name: str, groups: Sequence[ParameterGroup]) -> ParameterGroup:
     return next((group for group in groups if group.matches(name)), ParameterGroup("*"))
 
 
@@ -218,7 +218,7 @@ def prepared(model: nn.Module, groups: Sequence[ParameterGroup] = ()):
     try:
         _check_patterns([name for name, _ in named], groups)
         for name, parameter in named:
-            if (frozen := _group_of(name, groups).frozen) is not None:
+            if (frozen := group_of(name, groups).frozen) is not None:
                 parameter.requires_grad_(not frozen)
         if not any(parameter.requires_grad for _, parameter in named):
             raise ValueError("nothing to train: every parameter is frozen")
@@ -328,7 +328,7 @@ def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str,
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        group = _group_of(name, config.groups)
+        group = group_of(name, config.groups)
         peak = config.learning_rate * group.multiplier if group.learning_rate is None else group.learning_rate
         decay = config.weight_decay if group.weight_decay is None else group.weight_decay
         decay = 0.0 if name in spared else decay
