@@ -62,6 +62,35 @@ def test_data_check(tmp_path, capsys):
     assert "nothing.jsonl" in error and "Traceback" not in error
 
 
+def test_mixture(tmp_path, capsys):
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
+    lines = [json.dumps({"id": str(i), "conversations": [{**turns[0], "value": f"What is {i}?"}, turns[1]]}) for i in range(20)]
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines, lines[3]]))
+    (tmp_path / "m.json").write_text(json.dumps({"threshold": 12, "sources": [{"name": "a", "file": "a.jsonl", "category": "general"}]}))
+    out = tmp_path / "out"
+    assert command.main(["mixture", str(tmp_path / "m.json"), "--out", str(out), "--no-near"]) == 0
+    text = capsys.readouterr().out
+    assert "| a " in text and (out / "report.md").exists() and len((out / "mixture.jsonl").read_text().splitlines()) == 12
+    assert command.main(["mixture", str(tmp_path / "m.json"), "--out", str(out), "--no-near", "--total", "5", "--shards", "2"]) == 0
+    assert "5 records" in capsys.readouterr().out and len(list((out / "shards").glob("*.tar"))) == 3
+    (tmp_path / "a.jsonl").unlink()
+    assert command.main(["mixture", str(tmp_path / "m.json"), "--out", str(out)]) == 2
+    assert "source 'a': no file" in capsys.readouterr().err
+
+
+def test_engine(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert command.main(["engine", "run", "--out", str(out), "--fields", "physics", "--until", "pages"]) == 0
+    assert command.main(["engine", "run", "--out", str(out), "--fields", "physics"]) == 0
+    assert "engine.jsonl" in capsys.readouterr().out and len((out / "engine.jsonl").read_text().splitlines()) == 4
+    assert command.main(["engine", "rewrite", str(out / "engine.jsonl"), "--kind", "chat", "--out", str(tmp_path / "chat")]) == 0
+    assert command.main(["engine", "run", "--out", str(out), "--until", "nothing"]) == 2
+    assert command.main(["engine", "run", "--out", str(out), "--pages", str(tmp_path / "none")]) == 2
+    assert command.main(["engine", "run", "--out", str(tmp_path / "w"), "--wikipedia", "me@example.org", "--api", "http://127.0.0.1:9/api",
+                         "--fields", "tides", "--between", "0"]) == 1
+    assert "private address" in (tmp_path / "w" / "links.jsonl").read_text()
+
+
 def test_convert(tmp_path, capsys):
     torch.save({"model.mm_projector.weight": torch.ones(2, 2)}, tmp_path / "mm_projector.bin")
     assert command.main(["convert", str(tmp_path)]) == 0

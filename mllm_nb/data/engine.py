@@ -132,8 +132,10 @@ class Cleaner:
         else: self.open(piece.text, attributes(piece))
 
     def skip(self, piece: Piece) -> None:
-        "Wait for the end of what is skipped, counting the same tag inside it."
-        if piece.text == self.skipping: self.depth += {"start": 1, "end": -1}.get(piece.kind, 0)
+        "Wait for the end of what is skipped, counting the same tag inside it; paragraphs and list items end unsaid."
+        ends = BLOCKS if self.skipping == "p" else {self.skipping} & {"li", "dd", "dt"}
+        if piece.kind == "start" and piece.text in ends: self.skipping = ""; self.read(piece); return
+        if piece.kind != "text" and piece.text == self.skipping: self.depth += {"start": 1, "end": -1}.get(piece.kind, 0)
         if not self.depth: self.skipping = ""
 
     def open(self, tag: str, found: Mapping[str, str]) -> None:
@@ -278,10 +280,11 @@ def connect(place: tuple[str, int], timeout: float, source: Any = None, *, priva
         except OSError as error: sock.close(); problem = error
     raise problem
 
-# %% ../../nbs/5_data/5_engine.ipynb #2cbb6550
+# %% ../../nbs/5_data/5_engine.ipynb #0142078b
 class _Connections:
     "Makes urllib's connections through `connect`, and can break them all off."
-    def __init__(self, private_hosts: Sequence[str]): self.private_hosts, self.made = private_hosts, []
+    def __init__(self, private_hosts: Sequence[str]):
+        self.private_hosts, self.made, self.broken = private_hosts, [], False
 
     def make(self, kind: type, host: str, **options: Any) -> http.client.HTTPConnection:
         connection = kind(host, **options)
@@ -290,6 +293,7 @@ class _Connections:
         return connection
 
     def break_off(self) -> None:
+        self.broken = True
         for sock in [connection.sock for connection in self.made if connection.sock]:
             try: sock.shutdown(socket.SHUT_RDWR)
             except OSError: pass                                 # closed already
@@ -329,6 +333,7 @@ def opener(limits: Limits) -> Iterator[urllib.request.OpenerDirector]:
     timer.start()
     try: yield made
     finally: timer.cancel()
+    if connections.broken: raise FetchError(f"not finished after {limits.deadline:g} s", again=True)
 
 # %% ../../nbs/5_data/5_engine.ipynb #028a73bc
 def read_answer(answer: http.client.HTTPResponse, limits: Limits) -> bytes:
@@ -951,7 +956,7 @@ def check_pairs(engine: "Engine", facts: dict) -> dict:
     "The record of the pairs that pass."
     return checked_record(facts, engine.settings.grounded)
 
-# %% ../../nbs/5_data/5_engine.ipynb #9945a867
+# %% ../../nbs/5_data/5_engine.ipynb #45d68268
 STEPS = {"topics": (topic_items, write_topics), "links": (link_items, find_links), "pages": (page_items, read_page),
          "pictures": (picture_items, take_picture), "questions": (question_items, write_questions),
          "records": (record_items, check_pairs)}
@@ -973,7 +978,7 @@ class Engine:
         with alone(self.folder):
             for step, (items, work) in itertools.islice(STEPS.items(), list(STEPS).index(until) + 1):
                 counts[step] = run_step(self.path(step), items(self), partial(work, self), retry=retry,
-                                        patience=patience, progress=partial(progress, step=step))
+                                        patience=patience, progress=lambda them, step=step: progress(them, step))
             if until == "records": counts["records"] = publish(self.folder)
         return counts
 

@@ -8,7 +8,7 @@ __all__ = ['PROMPTING', 'CAMBRIAN_RATIOS', 'CAMBRIAN_THRESHOLD', 'IDENTITIES', '
            'ranks', 'key_of', 'draw', 'Form', 'form_of', 'difference_hash', 'Pictures', 'shingles', 'jaccard',
            'minhash', 'band_keys', 'exact_copies', 'near_copies', 'Surveyed', 'survey', 'Plan', 'make_plan',
            'report_rows', 'category_shares', 'report_notes', 'report_table', 'show_sources', 'show_balance',
-           'show_lengths', 'write_report', 'image_file', 'write_shards', 'Shards', 'AnswerPrompt']
+           'show_lengths', 'write_report', 'write_plan', 'image_file', 'write_shards', 'Shards', 'AnswerPrompt']
 
 # %% ../../nbs/5_data/4_mixture.ipynb #e4a427af
 import functools, hashlib, io, json, os, re, tarfile, tempfile, zlib
@@ -23,8 +23,9 @@ import numpy as np
 from jaxtyping import Int, UInt32, UInt64, UInt8
 from PIL import Image
 
-from .records import (
-    ImageSource, RecordError, Records, Sample, check_image, image_names, open_any, problem_of, record_of, role_of)
+from mllm_nb.data.records import (
+    ImageSource, RecordError, Records, Sample, check_image, image_names, open_any, problem_of, record_of, role_of,
+    write_records)
 from .world import CATEGORIES
 from ..images import ImageError, open_image
 from ..language.chat import Turn
@@ -617,6 +618,15 @@ def write_report(plan: Plan, folder: str | Path) -> Path:
     text += f"## Broken records\n\n{problems}" if problems else ""
     (folder / "report.md").write_text(text, encoding="utf-8")
     return folder / "report.md"
+
+# %% ../../nbs/5_data/4_mixture.ipynb #cc87c863
+def write_plan(plan: Plan, folder: str | Path) -> tuple[Path, Path]:
+    "The plan as one LLaVA file: (`mixture.jsonl`, the folder from which its images are named). No picture is copied."
+    folders = [str(file.image_folder.resolve()) for file in plan.files]
+    try: root = Path(os.path.commonpath(folders))
+    except ValueError as error: raise MixtureError(f"images: found no folder that holds all of {folders}") from error
+    write_records(plan, Path(folder) / "mixture.jsonl", root)
+    return Path(folder) / "mixture.jsonl", root
 
 # %% ../../nbs/5_data/4_mixture.ipynb #9921e872
 def image_file(image: ImageSource) -> tuple[str, bytes]:
