@@ -130,6 +130,8 @@ def faster_path(query: Float[Tensor, "batch heads query dim"], key: Float[Tensor
     "Written out for one query on a CPU, and for short sequences where `device_plan` says so; else the fused kernel."
     if query.shape[2] == 1 and query.device.type == "cpu":
         return "plain"
+    if torch.compiler.is_compiling():
+        return "sdpa"   # a compiler cannot look into a measurement, and fuses by itself
     plan = device_plan(query.device.type)
     return plan.attention if query.dtype == plan.dtype and key.shape[2] <= PLAIN_UP_TO else "sdpa"
 
