@@ -21,10 +21,11 @@ def random_net(config: ConvNeXtConfig = SMALL, seed: int = 0) -> ConvNeXt:
     return ConvNeXt(config).requires_grad_(False).eval()
 
 
-@pytest.mark.parametrize("side, scale", [(64, 0.7), (75, 0.0), (32, 1e-6)])
-def test_every_stage_equals_transformers(side, scale):
+@pytest.mark.parametrize("side, scale, widths", [
+    (64, 0.7, [8, 16, 24, 32]), (75, 0.0, [8, 16, 24, 32]), (32, 1e-6, [8, 16, 24, 32]), (40, 0.7, [8, 8, 16, 8])])
+def test_every_stage_equals_transformers(side, scale, widths):
     from transformers import ConvNextConfig, ConvNextModel
-    settings = dict(depths=[1, 2, 1, 1], hidden_sizes=[8, 16, 24, 32], image_size=side, layer_scale_init_value=scale)
+    settings = dict(depths=[1, 2, 1, 1], hidden_sizes=widths, image_size=side, layer_scale_init_value=scale)
     torch.manual_seed(1)
     theirs = ConvNextModel(ConvNextConfig(**settings)).eval().requires_grad_(False)
     for parameter in theirs.parameters():

@@ -45,11 +45,11 @@ class MapNorm(nn.LayerNorm):
 
 
 class Stage(nn.Module):
-    "Halve the grid (but not in the first stage), then `depth` blocks."
-    def __init__(self, inputs: int, width: int, depth: int, eps: float, scale: float | None):
+    "Halve the grid (but not in the first stage, which has no `inputs`), then `depth` blocks."
+    def __init__(self, inputs: int | None, width: int, depth: int, eps: float, scale: float | None):
         super().__init__()
-        shrink = (MapNorm(inputs, eps=eps), nn.Conv2d(inputs, width, kernel_size=2, stride=2))
-        self.downsample = nn.Sequential(*shrink) if inputs != width else nn.Identity()
+        self.downsample = nn.Identity() if inputs is None else nn.Sequential(
+            MapNorm(inputs, eps=eps), nn.Conv2d(inputs, width, kernel_size=2, stride=2))
         self.blocks = nn.Sequential(*(ConvNeXtBlock(width, eps, scale) for _ in range(depth)))
 
     def forward(self, maps: Float[Tensor, "views inputs height width"]) -> Float[Tensor, "views channels rows columns"]:
@@ -70,9 +70,9 @@ class ConvNeXtConfig:
 
     def __post_init__(self):
         widths = self.hidden_sizes
-        if len(self.depths) != len(widths) or not widths or len(set(widths)) != len(widths):
+        if len(self.depths) != len(widths) or not widths or min(*self.depths, *widths) < 1:
             raise ValueError(f"ConvNeXtConfig: depths {self.depths} and hidden_sizes {widths}; expected as many "
-                             "depths as widths, and a width of its own for every stage")
+                             "depths as widths, all at least 1")
 
     @property
     def hidden_size(self) -> int:
@@ -135,7 +135,7 @@ class ConvNeXt(nn.Module):
         self.config, first, eps = config, config.hidden_sizes[0], config.layer_norm_eps
         patch = config.patch_size
         self.stem = nn.Sequential(nn.Conv2d(config.num_channels, first, patch, patch), MapNorm(first, eps=eps))
-        inputs = (first, *config.hidden_sizes[:-1])
+        inputs = (None, *config.hidden_sizes[:-1])
         self.stages = nn.Sequential(*(Stage(before, width, depth, eps, config.layer_scale) for before, width, depth
                                       in zip(inputs, config.hidden_sizes, config.depths)))
 
