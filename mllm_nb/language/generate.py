@@ -131,10 +131,10 @@ class _Steps:
     "The plain way: prefill, then each step runs the whole decoder on one new token per row."
 
     def __init__(self, decoder, embeddings: Float[Tensor, "batch sequence width"],
-                 mask: Bool[Tensor, "batch sequence"] | None, new: int):
+                 mask: Bool[Tensor, "batch sequence"] | None, new: int, cache=None):
         self.decoder, self.mask = decoder, mask
         batch, sequence = embeddings.shape[:2]
-        self.cache = decoder.new_cache(batch, sequence + new)
+        self.cache = decoder.new_cache(batch, sequence + new) if cache is None else cache
         visible = positions = self.position = None
         if mask is not None:
             visible, positions = attention_mask(mask.long()), (mask.cumsum(dim=1) - 1).clamp(min=0)
@@ -262,7 +262,7 @@ def fingerprints(module: nn.Module) -> list[int]:
         sums = [parameter.sum(dtype=torch.float32) for parameter in module.parameters()]
     return torch.stack(sums).view(torch.int32).tolist()
 
-# %% ../../nbs/2_read/4_generate.ipynb #c3dfc4c6
+# %% ../../nbs/2_read/4_generate.ipynb #2032086f
 class PackedDecoder:
     """A `Decoder` with a second copy of its weights in panels, for one new token at a time on a CPU.
 
@@ -292,8 +292,8 @@ class PackedDecoder:
         if fingerprints(self.decoder) != self.prints:
             raise RuntimeError("PackedDecoder: the decoder's weights have changed since it was packed; pack it again")
 
-    def step(self, token: int, cache: Cache) -> Float[Tensor, "vocabulary"]:
-        "Scores after one more token; reads and extends the cache."
+    def step(self, token: int, cache: Cache, below: int | None = None) -> Float[Tensor, "vocabulary"]:
+        "Scores after one more token (of ids `below` a number, if given); reads and extends the cache."
         hidden = self.decoder.model.embed_tokens.weight[token].clone()
         if self.config.embedding_scale:
             hidden *= scale_of(self.config, hidden.dtype)
@@ -303,7 +303,8 @@ class PackedDecoder:
             if layer.out_bias is not None:
                 hidden += layer.out_bias
             _add_product(rows, _packed_mlp(hidden, layer, self.config), layer.down)
-        return panel_product(_normed(hidden, self.config), self.head)[:self.config.vocab_size]
+        count = min(below or self.config.vocab_size, self.config.vocab_size)
+        return panel_product(_normed(hidden, self.config), self.head[:-(-count // PANEL)])[:count]
 
     def _rope(self, position: int) -> tuple[Float[Tensor, "dim"], Float[Tensor, "dim"], Int[Tensor, "dim"]]:
         "Cosine twice, sine once negated, and the order that swaps the halves."
@@ -331,47 +332,48 @@ def why_not_packed(decoder) -> str | None:
         return f"found widths {widths} (hidden, queries, keys), expected multiples of {PANEL}"
     return None
 
-# %% ../../nbs/2_read/4_generate.ipynb #af28b091
+# %% ../../nbs/2_read/4_generate.ipynb #45367919
 class _PackedSteps:
     "The fast way for one row: prefill by the decoder, steps by its packed copy."
 
     def __init__(self, packed: PackedDecoder, embeddings: Float[Tensor, "1 sequence width"],
-                 mask: Bool[Tensor, "1 sequence"] | None, new: int):
+                 mask: Bool[Tensor, "1 sequence"] | None, new: int, cache=None, below: int | None = None):
         packed.check_weights()
         if mask is not None:
             embeddings = embeddings[:, int((~mask).sum()):]   # one row needs no padding
         decoder = packed.decoder
-        self.packed, self.cache = packed, decoder.new_cache(1, embeddings.shape[1] + new)
+        self.packed, self.below = packed, below
+        self.cache = decoder.new_cache(1, embeddings.shape[1] + new) if cache is None else cache
         self.logits = decoder.logits(decoder.hidden(embeddings, cache=self.cache)[:, -1])
 
     def __call__(self, tokens: Int[Tensor, "1"]) -> Float[Tensor, "1 vocabulary"]:
-        return self.packed.step(tokens.item(), self.cache)[None]
+        return self.packed.step(tokens.item(), self.cache, self.below)[None]
 
-# %% ../../nbs/2_read/4_generate.ipynb #0538e17c
+# %% ../../nbs/2_read/4_generate.ipynb #83eb3ff3
 PACK_FROM, PACK_BYTES = 24, 2 * 1024 ** 3   # new tokens that pay for the copy; the largest copy made unasked
 
 
 def _start(decoder, embeddings: Float[Tensor, "batch sequence width"], mask: Bool[Tensor, "batch sequence"] | None,
-           new: int, pack: bool | None):
+           new: int, pack: bool | None, cache=None, below: int | None = None):
     "Prefill, and the way to go on from there. Raises ValueError where `pack` is insisted on and impossible."
     single = embeddings.shape[0] == 1
     if pack and not single:
         raise ValueError(f"generate, pack: found {embeddings.shape[0]} rows, expected one")
     if isinstance(decoder, PackedDecoder):
         if single and pack is not False and not why_not_packed(decoder.decoder):
-            return _PackedSteps(decoder, embeddings, mask, new)
-        return _Steps(decoder.decoder, embeddings, mask, new)
+            return _PackedSteps(decoder, embeddings, mask, new, cache, below)
+        return _Steps(decoder.decoder, embeddings, mask, new, cache)
     if pack is None:
         pack = single and new >= PACK_FROM and why_not_packed(decoder) is None and _bytes(decoder) <= PACK_BYTES
     if pack:
-        return _PackedSteps(PackedDecoder(decoder), embeddings, mask, new)
-    return _Steps(decoder, embeddings, mask, new)
+        return _PackedSteps(PackedDecoder(decoder), embeddings, mask, new, cache, below)
+    return _Steps(decoder, embeddings, mask, new, cache)
 
 
 def _bytes(module: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in module.parameters())
 
-# %% ../../nbs/2_read/4_generate.ipynb #71ba39ed
+# %% ../../nbs/2_read/4_generate.ipynb #99c3d9f7
 @torch.inference_mode()
 def generate(
     decoder,
@@ -383,21 +385,25 @@ def generate(
     sampling: Sampling = Sampling(),
     streamer: Callable[[int, int], bool | None] | None = None,
     pack: bool | None = None,
+    cache: Cache | None = None,
 ) -> list[list[int]]:
     """The new tokens of each row, for a prompt of ids or of embeddings.
 
     decoder: `Decoder`, `PackedDecoder` or `TransformersDecoder`. mask: True where the prompt is real; shorter rows
     are padded on the left. A row ends with a token of `stop_ids` (it is kept) or when `streamer(row, token)` returns
     True. pack: copy the weights for faster steps of a single row (None: where possible and worth it; True: insist;
-    False: never). Raises ValueError for a prompt given twice or not at all, padding behind a token, and `pack`
-    where impossible.
+    False: never). cache: of what was read before, which the prompt goes on from; it must have room for all, and holds
+    all but the last new token afterwards. Raises ValueError for a prompt given twice or not at all, padding behind a
+    token or with a cache, and `pack` where impossible.
     """
     if (input_ids is None) == (embeddings is None):
         raise ValueError("generate: expected either input_ids or embeddings")
     if embeddings is None:
         embeddings = (decoder.decoder if isinstance(decoder, PackedDecoder) else decoder).embed(input_ids)
     mask = _checked_mask(mask, *embeddings.shape[:2])
-    step = _start(decoder, embeddings, mask, max_new_tokens, pack)
+    if mask is not None and cache is not None:
+        raise ValueError("generate, cache: found a padded prompt, expected rows without padding")
+    step = _start(decoder, embeddings, mask, max_new_tokens, pack, cache, sampling.below)
     return _write(step, embeddings, max_new_tokens, set(stop_ids), sampling, streamer)
 
 # %% ../../nbs/2_read/4_generate.ipynb #aa3f30eb
