@@ -7,17 +7,17 @@ __all__ = ['CLIP_MEAN', 'CLIP_STD', 'ImageError', 'open_image', 'pad_to_square',
            'normalize', 'best_resolution', 'anyres_grid', 'resize_and_pad', 'cut_tiles', 'unpad_box', 'views',
            'preprocess']
 
-# %% ../nbs/1_see/1_images.ipynb #e2a02f2c
+# %% ../nbs/1_see/1_images.ipynb #9e4f53a7
 import io
 import json
 import math
+import stat
 import struct
 import warnings
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import numpy as np
 import torch
@@ -69,17 +69,31 @@ def _check_size(width: int, height: int, name: str, max_pixels: int) -> None:
 
 def _download(url: str, max_bytes: int = 64 * 2**20) -> bytes:
     "Fetch one image over http(s), at most `max_bytes`."
+    from http.client import HTTPException
     from urllib.request import Request, urlopen
     try:
         with urlopen(Request(url, headers={"User-Agent": "mllm_nb"}), timeout=20) as reply:
             data = reply.read(max_bytes + 1)
-    except OSError as error:
+    except (OSError, ValueError, HTTPException) as error:
         raise ImageError(f"{url}: download failed ({error})") from None
     if len(data) > max_bytes:
         raise ImageError(f"{url}: larger than {max_bytes} bytes; download it yourself and open the file")
     return data
 
-# %% ../nbs/1_see/1_images.ipynb #9eebc049
+# %% ../nbs/1_see/1_images.ipynb #02fe89b5
+_MOST_BYTES = 2**30  # of a file; nothing with so few pixels as are allowed comes near it
+
+def _read_file(path: Path, name: str) -> bytes:
+    "A file's bytes. ImageError for what is no file (a pipe or a device would never end) or far too large."
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        kind = "folder" if stat.S_ISDIR(found.st_mode) else "device or pipe"
+        raise ImageError(f"{name}: cannot be read (is a {kind}, expected a file)")
+    if found.st_size > _MOST_BYTES:
+        raise ImageError(f"{name}: {found.st_size} bytes, expected at most {_MOST_BYTES}")
+    return path.read_bytes()
+
+# %% ../nbs/1_see/1_images.ipynb #06fbf8f6
 def _read(source: Any, allow_url: bool) -> tuple[bytes, str]:
     "The bytes of a path, bytes object or URL, and the name to use in errors."
     if isinstance(source, (bytes, bytearray, memoryview)):
@@ -87,14 +101,16 @@ def _read(source: Any, allow_url: bool) -> tuple[bytes, str]:
     if not isinstance(source, (str, Path)):
         raise ImageError(f"cannot open a {type(source).__name__}; expected a path, bytes, a URL or a PIL image")
     name = str(source) or "<empty path>"
-    if urlparse(name).scheme in ("http", "https"):
+    if name.lower().startswith(("http://", "https://")):
         if not allow_url:
             raise ImageError(f"{name}: is a URL, and URLs are only opened with allow_url=True")
         return _download(name), name
     try:
-        return Path(source).read_bytes(), name
+        return _read_file(Path(source), name), name
     except FileNotFoundError:
         raise ImageError(f"{name}: no such file") from None
+    except ImageError:
+        raise
     except (OSError, ValueError) as error:
         raise ImageError(f"{name}: cannot be read ({error})") from None
 

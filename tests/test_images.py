@@ -282,6 +282,18 @@ def test_bad_sources(source, reason):
         open_image(source)
 
 
+def test_what_is_no_file_is_refused_without_reading(tmp_path):
+    import os
+    os.mkfifo(tmp_path / "pipe.png")   # reading it would wait for ever
+    with open(tmp_path / "sparse.png", "wb") as file:
+        file.truncate(2**40)           # a terabyte of nothing
+    for name, reason in (("pipe.png", "device or pipe"), ("sparse.png", "1099511627776 bytes, expected at most"), (".", "a folder")):
+        with pytest.raises(ImageError, match=reason):
+            open_image(tmp_path / name)
+    with pytest.raises(ImageError, match="device or pipe"):
+        open_image("/dev/zero")
+
+
 def test_urls_only_where_asked(monkeypatch):
     class Reply(io.BytesIO):
         pass
@@ -293,6 +305,8 @@ def test_urls_only_where_asked(monkeypatch):
     monkeypatch.setattr("urllib.request.urlopen", refuse)
     with pytest.raises(ImageError, match="https://example.org/cat.png: download failed"):
         open_image("https://example.org/cat.png", allow_url=True)
+    with pytest.raises(ImageError, match="download failed"):
+        open_image("http://[broken", allow_url=True)
 
 
 def test_views_are_what_preprocess_stacks():
