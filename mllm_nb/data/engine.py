@@ -114,16 +114,14 @@ def tidy(text: str) -> str:
     unseen = {ord(c): "" if kind == "Cf" else " " for c, kind in kinds.items() if kind.startswith("C")}
     return " ".join(text.translate(unseen).split())
 
-# %% ../../nbs/5_data/5_engine.ipynb #c08018cc
+# %% ../../nbs/5_data/5_engine.ipynb #7f3e99f3
 class Cleaner:
     "Reads pieces and collects title, sections and figures."
     def __init__(self):
-        self.titles: dict[str, str] = {}
-        self.sections: list[tuple[str, list[str]]] = [("", [])]
+        self.titles, self.sections = dict[str, str](), [("", list[str]())]
         self.figures, self.words = list[Figure](), list[str]()  # words: of the block that is being read
         self.block, self.skipping, self.depth = "", "", 0
-        self.image: dict[str, str] | None = None                # of the figure that is being read
-        self.in_figure = False
+        self.image, self.in_figure = None, False                # address and caption of the figure that is being read
 
     def read(self, piece: Piece) -> None:
         if self.skipping: self.skip(piece)
@@ -135,7 +133,7 @@ class Cleaner:
         "Wait for the end of what is skipped, counting the same tag inside it; paragraphs and list items end unsaid."
         ends = BLOCKS if self.skipping == "p" else {self.skipping} & {"li", "dd", "dt"}
         if piece.kind == "start" and piece.text in ends: self.skipping = ""; self.read(piece); return
-        if piece.kind != "text" and piece.text == self.skipping: self.depth += {"start": 1, "end": -1}.get(piece.kind, 0)
+        if piece.kind != "text" and piece.text == self.skipping: self.depth += 1 if piece.kind == "start" else -1
         if not self.depth: self.skipping = ""
 
     def open(self, tag: str, found: Mapping[str, str]) -> None:

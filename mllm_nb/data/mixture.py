@@ -311,9 +311,10 @@ def band_keys(form: Form) -> UInt64[np.ndarray, "16"]:
 def runs_of(keys: UInt64[np.ndarray, "records"]) -> Iterator[Int[np.ndarray, "members"]]:
     "Places of equal keys, two or more at a time, each run in rising order."
     order = np.argsort(keys, kind="stable")
-    ends = np.flatnonzero(np.diff(keys[order])) + 1
-    for run in np.split(order, ends):
-        if len(run) > 1: yield run
+    sorted_keys = keys[order]
+    starts = np.flatnonzero(np.append(len(keys) > 0, sorted_keys[1:] != sorted_keys[:-1]))
+    counts = np.diff(np.append(starts, len(keys)))
+    for start, count in zip(starts[counts > 1].tolist(), counts[counts > 1].tolist()): yield order[start:start + count]
 
 # %% ../../nbs/5_data/4_mixture.ipynb #289ed1c4
 def exact_copies(prints: UInt64[np.ndarray, "records"], form: Callable[[int], Form]) -> dict[int, int]:
@@ -407,9 +408,9 @@ def survey(mixture: Mixture, images: str = "names", near: bool = True, similarit
 
     `images`: when two pictures are the same: names, bytes (every file is read) or pixels (every file is decoded).
     """
-    finder, notes, usable = Finder(mixture, images), {}, []
+    finder, notes = Finder(mixture, images), {}
     total = int(finder.starts[-1])
-    prints = np.zeros(total, np.uint64)
+    prints, usable = np.zeros(total, np.uint64), np.zeros(total, bool)
     with tempfile.TemporaryFile() as file:
         for i in progress(range(total)):
             source, record = finder.place(i)
@@ -417,9 +418,9 @@ def survey(mixture: Mixture, images: str = "names", near: bool = True, similarit
             note = notes.setdefault(source, {"broken": [], "problems": [], "lengths": Counter()})
             if wrong: note["broken"].append(record); note["problems"] += wrong[:100 - len(note["problems"])]
             else:
-                usable.append(i); prints[i] = form.fingerprint(); note["lengths"] += answer_lengths(found)
+                usable[i], prints[i] = True, form.fingerprint(); note["lengths"] += answer_lengths(found)
                 if near: file.write(band_keys(form).tobytes())
-        copies = find_copies(np.array(usable, np.int64), prints, finder, file if near else None, similarity)
+        copies = find_copies(np.flatnonzero(usable), prints, finder, file if near else None, similarity)
     return [surveyed(finder, source, notes.get(source, {}), copies) for source in range(len(finder.files))]
 
 # %% ../../nbs/5_data/4_mixture.ipynb #6d54314e
