@@ -60,9 +60,11 @@ def _describe(head: bytes) -> str:
         return f"text that starts {head[:24].decode()!r}"
     return f"unknown data that starts with the bytes {head[:8].hex(' ')}"
 
-# %% ../nbs/1_see/1_images.ipynb #10170d15
+# %% ../nbs/1_see/1_images.ipynb #52d40383
 def _check_size(width: int, height: int, name: str, max_pixels: int) -> None:
     "Refuse before decoding: the header alone says how much memory the pixels would take."
+    if not width or not height:
+        raise ImageError(f"{name}: {width} x {height} pixels, expected at least one")
     if width * height > max_pixels:
         pixels = f"{width} x {height} = {width * height} pixels"
         raise ImageError(f"{name}: {pixels}, more than max_pixels = {max_pixels}")
@@ -363,7 +365,7 @@ def unpad_box(size: tuple[int, int], rows: int, columns: int) -> tuple[int, int,
     padding = (columns - int(width * (rows / height))) // 2
     return 0, rows, padding, columns - padding
 
-# %% ../nbs/1_see/1_images.ipynb #edf95ebc
+# %% ../nbs/1_see/1_images.ipynb #b2402f83
 _MOST_PIXELS = 2**28  # of an intermediate picture: 800 MB. Without a limit the originals run out of memory
 
 def _shrunk(image: Image.Image, size: int) -> Image.Image:
@@ -382,13 +384,15 @@ def _middle(image: Image.Image, longest: int) -> Image.Image:
 def _resize_and_crop(image: Image.Image, settings: Preprocess) -> Image.Image:
     "Shortest edge to `size`, then the centre; of an extremely long image only its middle is resized."
     short, long = min(image.size), max(image.size)
-    if settings.size**2 * long / short > _MOST_PIXELS:
+    if settings.size**2 * long / short > _MOST_PIXELS / 8:
         image = _middle(image, 64 * short)
     return center_crop(resize_shortest(image, settings.size, settings.resample), settings.side)
 
-# %% ../nbs/1_see/1_images.ipynb #f48d428b
+# %% ../nbs/1_see/1_images.ipynb #d7a6fdca
 def views(image: Image.Image, settings: Preprocess) -> list[Image.Image]:
     "The square pictures that the tower sees: one, or with 'anyres' the whole image first and then its tiles."
+    if image.mode != "RGB" or not all(image.size):
+        image = open_image(image)
     pictures = [image]
     if settings.aspect == "pad":
         pictures = [pad_to_square(_shrunk(image, settings.size), settings.pad_color)]

@@ -294,6 +294,14 @@ def test_what_is_no_file_is_refused_without_reading(tmp_path):
         open_image("/dev/zero")
 
 
+def test_preprocessing_takes_any_mode_and_refuses_emptiness():
+    grey = noise(9, 5).convert("L")
+    assert torch.equal(preprocess(grey, Preprocess(size=16)), preprocess(grey.convert("RGB"), Preprocess(size=16)))
+    for size in ((0, 5), (5, 0)):
+        with pytest.raises(ImageError, match=f"{size[0]} x {size[1]} pixels, expected at least one"):
+            preprocess(Image.new("RGB", size), Preprocess(size=16, aspect="square"))
+
+
 def test_urls_only_where_asked(monkeypatch):
     class Reply(io.BytesIO):
         pass
