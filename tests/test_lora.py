@@ -1,4 +1,5 @@
 "LoRA equals PEFT; QLoRA through bitsandbytes is saved, loaded, merged and says the same; wrong folders are refused."
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -68,6 +69,45 @@ def test_a_layer_is_pefts(seed, sizes, rank, alpha, dropout, bias, dtype):
     found = merged(ours.base_layer.weight, ours.lora_A.weight, ours.lora_B.weight, alpha / rank)
     theirs.merge()
     assert found.dtype == dtype and relative(found.float(), theirs.base_layer.weight.float()) < tight
+
+
+@pytest.mark.parametrize("dtype, dropout, bias, autocast, tight", [
+    (torch.float32, 0.0, True, False, 1e-6), (torch.float64, 0.3, False, False, 1e-6), (torch.float32, 0.1, True, True, 1e-2),
+    (torch.bfloat16, 0.0, False, True, 1e-2)])
+def test_the_quick_way_is_pefts(dtype, dropout, bias, autocast, tight, monkeypatch):
+    "With the same mask the same outputs and gradients; a copy computes with its own weights."
+    torch.manual_seed(0)
+    holder = nn.Sequential(nn.Linear(40, 56, bias=bias)).to(dtype)
+    peft.inject_adapter_in_model(peft.LoraConfig(
+        r=4, lora_alpha=8, lora_dropout=dropout, target_modules=["0"], init_lora_weights=False), holder)
+    quick = copy.deepcopy(holder)
+    quick[0].__class__ = lora.quick_kind(type(quick[0]))
+    assert isinstance(quick[0], peft.tuners.lora.Linear)
+    monkeypatch.setattr(lora, "keep_mask", lambda x, p: torch.empty(x.shape).bernoulli_(1 - p).bool())
+    results, given = [], torch.randn(2, 5, 40).to(torch.float32 if autocast else dtype)
+    for one in (holder, quick, copy.deepcopy(quick)):
+        x = given.clone().requires_grad_()
+        torch.manual_seed(3)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            output = one.train()(x)
+        output.float().square().sum().backward()
+        results.append([output.detach(), x.grad, *(part.default.weight.grad for part in (one[0].lora_A, one[0].lora_B))])
+    for found in results[1:]:
+        assert all(relative(a.float(), b.float()) < tight and a.dtype == b.dtype for a, b in zip(found, results[0]))
+    with torch.no_grad():
+        assert relative(quick.eval()(given.to(dtype)), holder.eval()(given.to(dtype))) < 1e-2
+    quick[0].merge()
+    assert torch.equal(quick(given.to(dtype)), quick[0].base_layer(given.to(dtype)))   # PEFT's own switches still work
+
+
+def test_masks_drop_what_they_should():
+    torch.manual_seed(0)
+    mask = lora.keep_mask(torch.empty(701, 1001), 0.05)
+    share = (~mask).float()
+    assert mask.shape == (701, 1001) and abs(share.mean() - 0.05) < 1e-3
+    assert share.mean(dim=0).max() < 0.09 and share.mean(dim=1).max() < 0.09   # everywhere the same
+    assert abs((share[:, 1:] * share[:, :-1]).mean() - 0.0025) < 3e-4   # neighbours do not know of each other
+    assert lora.keep_mask(torch.empty(50, 3), 0.0).all()
 
 
 def test_a_new_layer_is_silent_and_starts_as_pefts():

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['EXTRA_OF', 'QUANTIZATIONS', 'merged', 'LoRALinear', 'need', 'linear_names', 'find_targets', 'LoRASettings',
-           'lora_stage', 'adapted_layers', 'add_adapters', 'inject', 'nf4_levels', 'block_size', 'nf4_linear',
-           'int8_linear', 'put', 'quantize', 'quantization_of', 'full_weight', 'pair_of', 'plain_linear',
-           'merge_adapters', 'fingerprint', 'published_layers', 'adapter_tensors', 'other_tensors', 'settings_of',
-           'adapter_files', 'save_adapter', 'safe_file', 'read_whole', 'local_folder', 'adapter_base', 'overlay',
-           'lora_scale', 'lora_pairs', 'merge_lora', 'trainable_names', 'own_fields', 'rounded_base', 'check_base',
-           'read_adapter', 'read_others', 'load_adapter', 'copy_tensors', 'adamw_8bit']
+           'lora_stage', 'LowRankLinear', 'kept', 'keep_mask', 'pair_of', 'quick_forward', 'quick_kind',
+           'adapted_layers', 'add_adapters', 'inject', 'nf4_levels', 'block_size', 'nf4_linear', 'int8_linear', 'put',
+           'quantize', 'quantization_of', 'full_weight', 'plain_linear', 'merge_adapters', 'fingerprint',
+           'published_layers', 'adapter_tensors', 'other_tensors', 'settings_of', 'adapter_files', 'save_adapter',
+           'safe_file', 'read_whole', 'local_folder', 'adapter_base', 'overlay', 'lora_scale', 'lora_pairs',
+           'merge_lora', 'trainable_names', 'own_fields', 'rounded_base', 'check_base', 'read_adapter', 'read_others',
+           'load_adapter', 'copy_tensors', 'adamw_8bit']
 
 # %% ../../nbs/6_train/3_lora.ipynb #809d0e4a
 import functools
@@ -26,7 +27,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -127,6 +129,86 @@ def lora_stage(stage: Stage, settings: LoRASettings = LoRASettings()) -> Stage:
                    learning_rate=2e-4, learning_rates=tuple((part, 2e-5) for part in others),
                    note="adapters in the place of the language model, at the rates of LLaVA-1.5's LoRA script")
 
+# %% ../../nbs/6_train/3_lora.ipynb #e5e7c63c
+class LowRankLinear(torch.autograd.Function):
+    """W x + scale B A (keep * x) on rows, with PEFT's scale times 1 / (1 - p) where `keep` is a dropout's mask.
+
+    Saves x, `keep` (Bool, or None) and A x; W and its bias get no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, a, b, scale, keep):
+        low = torch.mm(kept(x, keep), a.t())
+        ctx.save_for_backward(x, weight, a, b, low, keep)
+        ctx.scale = scale
+        return F.linear(x, weight, bias).addmm_(low, b.t(), alpha=scale)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight, a, b, low, keep = ctx.saved_tensors
+        to_low = torch.mm(gradient, b).mul_(ctx.scale)
+        to_b = torch.mm(gradient.t(), low).mul_(ctx.scale)
+        to_a = torch.mm(to_low.t(), kept(x, keep))
+        to_x = None
+        if ctx.needs_input_grad[0]:
+            to_x = torch.mm(gradient, weight)
+            to_x = to_x.addmm_(to_low, a) if keep is None else to_x.add_(kept(torch.mm(to_low, a), keep))
+        return to_x, None, None, to_a, to_b, None, None
+
+# %% ../../nbs/6_train/3_lora.ipynb #93d8bb48
+def kept(x: Float[Tensor, "rows width"], keep: Bool[Tensor, "rows width"] | None) -> Float[Tensor, "rows width"]:
+    "Zero where the mask says so."
+    return x if keep is None else keep.to(x.dtype).mul_(x)
+
+
+def keep_mask(x: Float[Tensor, "rows width"], p: float) -> Bool[Tensor, "rows width"]:
+    "True with probability 1 - p. On a CPU four draws come from one random word, so that p has steps of 1/65536."
+    if x.device.type != "cpu":
+        return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p)
+    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2 ** 63, None)
+    return (words.view(torch.int16)[:x.numel()] >= round(p * 65536) - 32768).view(x.shape)
+
+# %% ../../nbs/6_train/3_lora.ipynb #8a127c50
+def pair_of(layer: nn.Module) -> tuple[Tensor, Tensor, float]:
+    "A, B and scale of an adapted layer. Raises ValueError for several adapters at once or other kinds than LoRA."
+    if isinstance(layer, LoRALinear):
+        return layer.lora_A.weight, layer.lora_B.weight, layer.scale
+    names = list(layer.lora_A)
+    if len(names) != 1 or getattr(layer, "lora_variant", None):
+        raise ValueError(f"adapters {names}: expected exactly one, plain LoRA")
+    return layer.lora_A[names[0]].weight, layer.lora_B[names[0]].weight, layer.scaling[names[0]]
+
+# %% ../../nbs/6_train/3_lora.ipynb #1855259b
+def quick_forward(layer: nn.Module, x: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
+    "What a PEFT layer with one active adapter on an ordinary linear layer says, in fewer passes."
+    a, b, scale = pair_of(layer)
+    base, p = layer.base_layer, getattr(layer.lora_dropout[next(iter(layer.lora_A))], "p", 0.0)
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else base.weight.dtype
+    rows = x.reshape(-1, x.shape[-1]).to(dtype)
+    keep = keep_mask(rows, p) if p and layer.training else None
+    bias = None if base.bias is None else base.bias.to(dtype)
+    with torch.autocast(kind, enabled=False):
+        said = LowRankLinear.apply(rows, base.weight.to(dtype), bias, a.to(dtype), b.to(dtype),
+                                   scale if keep is None else scale / (1 - p), keep)
+    return said.reshape(*x.shape[:-1], -1)
+
+# %% ../../nbs/6_train/3_lora.ipynb #7f894760
+@functools.cache
+def quick_kind(kind: type) -> type:
+    "PEFT's layer class with the quick way; whatever is unusual goes PEFT's own way."
+    class Quick(kind):
+        "One active adapter, unmerged, on ordinary weights: `quick_forward`."
+
+        def forward(self, x, *args, **kwargs):
+            usual = not (args or kwargs or self.disable_adapters or self.merged or getattr(self, "lora_variant", None))
+            if usual and list(self.active_adapters) == list(self.lora_A) and len(self.lora_A) == 1:
+                return quick_forward(self, x)
+            return super().forward(x, *args, **kwargs)
+
+    Quick.__name__ = Quick.__qualname__ = f"Quick{kind.__name__}"
+    return Quick
+
 # %% ../../nbs/6_train/3_lora.ipynb #fe124d97
 def adapted_layers(module: nn.Module) -> dict[str, nn.Module]:
     "The layers with an adapter, by name: PEFT's or our own."
@@ -153,7 +235,7 @@ def add_adapters(model: MLLM, settings: LoRASettings = LoRASettings()) -> MLLM:
             parameter.data = parameter.data.float()
     return model
 
-
+# %% ../../nbs/6_train/3_lora.ipynb #5d2a3baa
 def inject(language: nn.Module, settings: LoRASettings, targets: Sequence[str]) -> None:
     "PEFT's layers in the place of those named so."
     peft = need("peft")
@@ -165,6 +247,9 @@ def inject(language: nn.Module, settings: LoRASettings, targets: Sequence[str]) 
                         target_modules=list(targets)), language)
     if flag:
         delattr(language, flag)
+    for layer in adapted_layers(language).values():
+        if type(layer.base_layer) is nn.Linear and type(layer) is peft.tuners.lora.Linear:
+            layer.__class__ = quick_kind(type(layer))
 
 # %% ../../nbs/6_train/3_lora.ipynb #10947714
 def nf4_levels() -> Float[Tensor, "levels"]:
@@ -242,17 +327,7 @@ def full_weight(layer: nn.Module) -> Float[Tensor, "out in"]:
         return layer.weight.data.float() * scale.float()[:, None] / 127
     return layer.weight.data
 
-# %% ../../nbs/6_train/3_lora.ipynb #c23c8c36
-def pair_of(layer: nn.Module) -> tuple[Tensor, Tensor, float]:
-    "A, B and scale of an adapted layer. Raises ValueError for several adapters at once or other kinds than LoRA."
-    if isinstance(layer, LoRALinear):
-        return layer.lora_A.weight, layer.lora_B.weight, layer.scale
-    names = list(layer.lora_A)
-    if len(names) != 1 or getattr(layer, "lora_variant", None):
-        raise ValueError(f"adapters {names}: expected exactly one, plain LoRA")
-    return layer.lora_A[names[0]].weight, layer.lora_B[names[0]].weight, layer.scaling[names[0]]
-
-
+# %% ../../nbs/6_train/3_lora.ipynb #4f1a4235
 def plain_linear(weight: Float[Tensor, "out in"], bias: Tensor | None) -> nn.Linear:
     "An ordinary linear layer around a weight."
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
