@@ -444,6 +444,194 @@ const mllmWidgets = (() => {
     };
   };
 
+  /* ---- a picture as words of a codebook: look at one, see its neighbours, put another in its place ---- */
+
+  draw.codebook = (root, payload, report) => {
+    const shown = 288, cell = shown / payload.columns, count = payload.codes.length;
+    let place = payload.start, codes = [...payload.codes], pasted = [];
+    const image = new Image(), tiles = new Image();
+    const picture = element("canvas", {width: shown, height: Math.round(cell * payload.rows), tabindex: 0, role: "application", "data-part": "picture",
+      "aria-label": payload.title + ": words of the picture; arrow keys move, Enter goes to the neighbours, Delete takes edits back"});
+    const near = element("div", {class: "tokens", role: "listbox", tabindex: 0, "aria-label": "the nearest words of the codebook; arrow keys move, Enter puts one in"});
+    const status = element("div", {class: "status", role: "status", "aria-live": "polite"});
+    const any = element("input", {type: "number", min: 0, max: payload.count - 1, "aria-label": "any word of the codebook", style: "width:6em"});
+    const back = element("button", {type: "button", onclick: () => undo()}, "take edits back");
+    const grid = element("div", {"data-part": "codes", style: "font:12px ui-monospace,monospace;white-space:pre"});
+    let offered = [], option = 0;
+
+    function tile(code, size) {
+      const made = element("canvas", {width: size, height: size, role: "img", "aria-label": `word ${code}`});
+      const across = payload.across, side = payload.side;
+      if (tiles.complete && tiles.naturalWidth) {
+        const context = made.getContext("2d");
+        context.imageSmoothingEnabled = false;
+        context.drawImage(tiles, code % across * side, Math.floor(code / across) * side, side, side, 0, 0, size, size);
+      }
+      return made;
+    }
+
+    function paint() {
+      const context = picture.getContext("2d"), scale = shown / payload.width;
+      context.imageSmoothingEnabled = false;
+      context.drawImage(image, 0, 0, picture.width, picture.height);
+      for (const {box: [left, top, width, height], crop} of pasted) {
+        if (crop.complete) context.drawImage(crop, left * scale, top * scale, width * scale, height * scale);
+      }
+      const row = Math.floor(place / payload.columns), column = place % payload.columns;
+      for (const [colour, width] of [["#fff", 6], ["#D55E00", 3]]) {
+        context.strokeStyle = colour;
+        context.lineWidth = width;
+        context.strokeRect(column * cell, row * cell, cell, cell);
+      }
+    }
+
+    function list() {
+      offered = payload.neighbours[codes[place]].filter(code => code !== codes[place]);
+      option = clamp(option, 0, offered.length - 1);
+      near.replaceChildren(...offered.map((code, i) => element("div", {class: "token", role: "option", id: `near-${i}`, "data-code": code,
+        "aria-selected": i === option ? "true" : "false", onclick: () => put(code)}, tile(code, 40), element("div", {}, String(code)))));
+      near.setAttribute("aria-activedescendant", `near-${option}`);
+      grid.textContent = Array.from({length: payload.rows}, (_, row) => codes.slice(row * payload.columns, (row + 1) * payload.columns)
+        .map((code, column) => (row * payload.columns + column === place ? `[${code}]` : `${code} `).padStart(6)).join("")).join("\n");
+    }
+
+    function select(next, tell) {
+      place = next;
+      picture.dataset.selected = place;
+      const changed = codes[place] !== payload.codes[place] ? `, put in for ${payload.codes[place]}` : "";
+      status.textContent = `Place ${place}: row ${Math.floor(place / payload.columns)}, column ${place % payload.columns}. Word ${codes[place]}${changed}, ` +
+        `${codes.filter(code => code === codes[place]).length} of ${count} words of this picture are the same.`;
+      list();
+      paint();
+      if (tell) report({place, code: codes[place], codes});
+    }
+
+    function put(code) {
+      if (!(code >= 0 && code < payload.count)) return;
+      codes = codes.map((old, i) => i === place ? code : old);
+      const known = payload.redrawn[`${place},${code}`];
+      const crop = new Image(), box = payload.boxes[place];
+      if (known || !payload.live) {
+        crop.onload = paint;
+        crop.src = known || tile(code, payload.side).toDataURL();
+        const side = payload.width / payload.columns;
+        pasted.push({box: known ? box : [place % payload.columns * side, Math.floor(place / payload.columns) * side, side, side], crop});
+      }
+      select(place, true);
+      status.textContent += known ? " Painted by the decoder." : payload.live ? " Python paints it." : " Shown alone: its neighbours were not painted anew.";
+    }
+
+    function undo() {
+      codes = [...payload.codes];
+      pasted = [];
+      image.src = payload.image;
+      select(place, true);
+    }
+
+    picture.addEventListener("click", event => {
+      const area = picture.getBoundingClientRect();
+      select(clamp(Math.floor((event.clientY - area.top) / area.height * payload.rows), 0, payload.rows - 1) * payload.columns +
+        clamp(Math.floor((event.clientX - area.left) / area.width * payload.columns), 0, payload.columns - 1), true);
+    });
+    picture.addEventListener("keydown", event => {
+      const next = moved(event.key, place, payload.columns, count);
+      if (next === null && event.key !== "Enter" && event.key !== "Delete") return;
+      event.preventDefault();
+      event.stopPropagation();
+      if (event.key === "Enter") near.focus(); else if (event.key === "Delete") undo(); else select(next, true);
+    });
+    near.addEventListener("keydown", event => {
+      const next = moved(event.key, option, offered.length, offered.length);
+      if (next === null && event.key !== "Enter" && event.key !== "Escape") return;
+      event.preventDefault();
+      event.stopPropagation();
+      if (event.key === "Enter") put(offered[option]); else if (event.key === "Escape") picture.focus(); else { option = next; list(); }
+    });
+    any.addEventListener("change", () => put(Number(any.value)));
+    root.append(element("div", {class: "row"}, element("div", {}, picture), element("div", {style: "flex:1;min-width:300px"}, element("div", {}, "nearest words"), near,
+      element("div", {}, element("label", {}, "any word ", any), " ", back), grid)), status,
+      element("div", {class: "hint"}, "Click a word, or focus the picture: arrow keys, Enter for its neighbours, Enter again puts one in, Escape goes back."));
+    image.onload = paint;
+    tiles.onload = () => { list(); };
+    tiles.src = payload.tiles;
+    image.src = payload.image;
+    select(place, false);
+    const show = value => {
+      if (value.codes && value.codes.length === count) codes = [...value.codes];
+      if (value.place in codes) select(value.place, false);
+    };
+    show.answer = found => { pasted = []; image.src = found.image; };
+    return show;
+  };
+
+  /* ---- pictures in an order: a sentence, its words, and the picture that comes next ---- */
+
+  draw.composer = (root, payload, report) => {
+    let order = [...payload.start], chosen = order.length - 1, dragged = null;
+    const card = (index, extra) => element("div", {class: "token", ...extra}, element("img", {src: payload.pictures[index].image, alt: "", width: 72, height: 72, draggable: "false",
+      style: "display:block;image-rendering:pixelated"}), payload.pictures[index].name);
+    const shelf = element("div", {class: "tokens", role: "toolbar", "aria-label": "pictures to choose from"});
+    const list = element("div", {class: "tokens", role: "listbox", tabindex: 0, style: "min-height:100px;border:1px dashed #6b7280", "data-part": "sentence",
+      "aria-label": "the sentence; arrow keys choose, with Shift they move the picture, Delete takes it out"});
+    const words = element("div", {"data-part": "words", style: "font:12px/1.5 ui-monospace,monospace;overflow-wrap:anywhere"});
+    const next = element("div", {"data-part": "next"}), status = element("div", {class: "status", role: "status", "aria-live": "polite"});
+
+    function show(tell) {
+      chosen = clamp(chosen, 0, Math.max(0, order.length - 1));
+      list.replaceChildren(...order.map((index, at) => card(index, {role: "option", id: `at-${at}`, draggable: "true", "data-at": at,
+        "aria-selected": at === chosen ? "true" : "false", "aria-label": `${at + 1} of ${order.length}: ${payload.pictures[index].name}`,
+        onclick: () => { chosen = at; list.focus(); show(true); },
+        ondragstart: event => { dragged = {from: at}; event.dataTransfer.setData("text/plain", String(index)); }})));
+      list.setAttribute("aria-activedescendant", order.length ? `at-${chosen}` : "");
+      list.dataset.order = order.join(",");
+      const short = tokens => `${tokens.slice(0, 4).join(" ")} … ${tokens.slice(-1)[0]}`;
+      const total = payload.begin.length + order.reduce((sum, index) => sum + payload.pictures[index].words.length, 0);
+      words.textContent = [payload.begin.join(" "), ...order.map(index => short(payload.pictures[index].words))].filter(Boolean).join(" | ") + ` | ?   (${total} words)`;
+      const known = payload.answers[order.join(",")];
+      next.replaceChildren(known ? element("img", {src: known, alt: "the picture that the model writes next", width: 108, height: 108, style: "image-rendering:pixelated;outline:3px solid #D55E00"})
+        : element("span", {class: "hint"}, payload.live ? "asking the model …" : "This order was not sampled ahead; run the notebook and call live() to sample any."));
+      const names = order.map(index => payload.pictures[index].name).join(", ");
+      status.textContent = `Sentence of ${order.length}: ${names || "nothing yet"}. ${known ? "The model's next picture is shown." : ""}`;
+      if (tell) report({order, chosen});
+    }
+
+    function change(next, at) { order = next; chosen = at; show(true); }
+    const without = at => order.filter((_, i) => i !== at);
+    function shift(from, to) {
+      if (to < 0 || to >= order.length) return;
+      const rest = without(from);
+      rest.splice(to, 0, order[from]);
+      change(rest, to);
+    }
+    payload.pictures.forEach((picture, index) => shelf.append(element("button", {type: "button", draggable: "true", "data-index": index, style: "padding:0;border:0;background:none",
+      "aria-label": `put ${picture.name} at the end`, onclick: () => change([...order, index], order.length),
+      ondragstart: event => { dragged = {index}; event.dataTransfer.setData("text/plain", String(index)); }}, card(index, {}))));
+    list.addEventListener("dragover", event => event.preventDefault());
+    list.addEventListener("drop", event => {
+      event.preventDefault();
+      const target = event.composedPath().find(node => node.dataset && node.dataset.at !== undefined);
+      const to = target ? Number(target.dataset.at) : order.length;
+      if (dragged === null) return;
+      if (dragged.index !== undefined) change([...order.slice(0, to), dragged.index, ...order.slice(to)], to);
+      else shift(dragged.from, Math.min(to, order.length - 1));
+      dragged = null;
+    });
+    list.addEventListener("keydown", event => {
+      const to = moved(event.key, chosen, order.length, order.length), out = event.key === "Delete" || event.key === "Backspace";
+      if ((to === null && !out) || !order.length) return;
+      event.preventDefault();
+      event.stopPropagation();
+      if (out) change(without(chosen), chosen); else if (event.shiftKey) shift(chosen, to); else { chosen = to; show(true); }
+    });
+    root.append(element("div", {}, "pictures: click or drag one into the sentence"), shelf, element("div", {}, "sentence"), list, words,
+      element("div", {class: "row", style: "margin-top:8px"}, element("div", {}, "next: "), next), status,
+      element("div", {class: "hint"}, "In the sentence: arrow keys choose a picture, Shift and an arrow key move it, Delete takes it out."));
+    show(false);
+    const given = value => { if (Array.isArray(value.order) && value.order.every(index => index in payload.pictures)) { order = [...value.order]; chosen = value.chosen || 0; show(false); } };
+    given.answer = found => { payload.answers[found.order] = found.image; if (found.order === order.join(",")) show(false); };
+    return given;
+  };
+
   /* ---- the two ways in ---- */
 
   function mount(host, payload, report) {
@@ -465,6 +653,7 @@ const mllmWidgets = (() => {
     el.append(host);
     const show = mount(host, model.get("payload"), value => { model.set("value", value); model.save_changes(); });
     model.on("change:value", () => show(model.get("value")));
+    model.on("change:answer", () => show.answer && show.answer(model.get("answer")));   // Python's reply to a value
   }
 
   return {start, live, kinds: Object.keys(draw)};

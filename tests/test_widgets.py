@@ -15,8 +15,7 @@ from PIL import Image
 
 from mllm_nb.samples import photo
 from mllm_nb.widgets import (
-    Widget, WidgetTooLarge, flip_book, lora_rank_explorer, patch_grid_explorer, settings_explorer, token_role_strip,
-    window_viewer)
+    Widget, WidgetTooLarge, codebook_browser, flip_book, lora_rank_explorer, patch_grid_explorer, sentence_composer, settings_explorer, token_role_strip, window_viewer)
 
 
 def gradient(side: int = 64) -> Image.Image:
@@ -330,6 +329,113 @@ def test_two_copies_on_a_page_are_both_drawn(browser, tmp_path):
     page.goto(path.as_uri())
     assert page.locator("[role=listbox]").count() == 2
     page.close()
+
+
+# ---- pictures as words ----
+
+def shades(words: np.ndarray, rows: int) -> np.ndarray:
+    "Eight words, each a shade of grey; a decoder whose pieces reach no further than their cell."
+    return (words.reshape(len(words), rows, -1, 1).repeat(4, 1).repeat(4, 2) / 7).repeat(3, -1)
+
+
+def browser_of_words(**changes) -> Widget:
+    return codebook_browser(np.arange(16).reshape(4, 4) % 8, np.arange(8.0)[:, None], shades, title="Shades", **changes)
+
+
+def composer() -> Widget:
+    pictures = [(f"shade {level}", np.full((8, 8, 3), level / 4), [level] * 6) for level in range(3)]
+    return sentence_composer(pictures, lambda order: np.full((8, 8, 3), len(order) / 5), ahead=[[0], [0, 1]], start=[0, 1], begin=[9])
+
+
+def pixels_at(address: str) -> np.ndarray:
+    import io
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(address.split(",")[1]))), int)
+
+
+def test_codebook_payload():
+    payload = browser_of_words(near=3).payload
+    assert payload["neighbours"][0] == [1, 2, 3] and payload["neighbours"][7] == [6, 5, 4]
+    assert len(payload["redrawn"]) == 16 * 3 and payload["boxes"][0] == [0, 0, 8, 8] and payload["boxes"][5] == [0, 0, 12, 12]
+    assert (pixels_at(payload["image"])[4:8, 4:8] == round(5 / 7 * 255)).all()
+    piece = pixels_at(payload["redrawn"]["5,4"])
+    assert abs(piece[5, 5, 0] - 4 / 7 * 255) < 6                      # place 5 painted with word 4
+    tiles = pixels_at(payload["tiles"])
+    assert payload["side"] == 4 and [tiles[2, 4 * code + 2, 0] for code in range(8)] == [round(code / 7 * 255) for code in range(8)]
+
+
+def test_codebook_answers_live_edits():
+    widget = browser_of_words()
+    codes = [7] * 16
+    assert (pixels_at(widget.respond({"place": 0, "code": 7, "codes": codes})["image"]) == 255).all()
+    with pytest.raises(ValueError, match="expected \\[rows, columns\\] of 0 to 7"):
+        codebook_browser(np.full((2, 2), 8), np.arange(8.0)[:, None], shades)
+
+
+def test_composer_payload():
+    payload = composer().payload
+    assert set(payload["answers"]) == {"0", "0,1"} and payload["pictures"][2]["words"] == [2] * 6
+    assert composer().respond({"order": [2, 1], "chosen": 0})["order"] == "2,1"
+    with pytest.raises(ValueError, match="expected numbers from 0 to 0"):
+        sentence_composer([("a", np.zeros((2, 2, 3)), [1])], start=[1])
+    with pytest.raises(ValueError, match="expected `sample` with them"):
+        sentence_composer([("a", np.zeros((2, 2, 3)), [1])], ahead=[[0]])
+
+
+@pytest.mark.parametrize("make", [browser_of_words, composer])
+def test_live_words_get_an_answer(make):
+    pytest.importorskip("anywidget")
+    live = make().live()
+    assert live.payload["live"] is True
+    live.value = {"place": 1, "code": 0, "codes": [0] * 16, "order": [1, 0], "chosen": 0}
+    assert live.answer["image"].startswith("data:image/png")
+
+
+@pytest.mark.xdist_group("browser")
+def test_codebook_page(opened):
+    page = opened(browser_of_words())
+    picture, status, near = page.locator("[data-part=picture]"), page.locator("[role=status]"), page.locator("[role=listbox]")
+    assert page.locator("[role=option]").count() == 4
+    picture.focus()
+    for key, expected in (("ArrowRight", "1"), ("ArrowDown", "5"), ("Home", "0"), ("End", "15"), ("ArrowUp", "11")):
+        page.keyboard.press(key)
+        assert picture.get_attribute("data-selected") == expected
+    assert "Word 3" in status.inner_text() and "2 of 16" in status.inner_text()
+    page.keyboard.press("Enter")                       # to the neighbours
+    page.keyboard.press("ArrowRight")
+    assert near.get_attribute("aria-activedescendant") == "near-1"
+    page.keyboard.press("Enter")                       # the second nearest word is put in
+    assert "Word 4, put in for 3" in status.inner_text() and "Painted by the decoder" in status.inner_text()
+    read = """() => { const c = document.querySelector('[data-mllm-widget]').shadowRoot.querySelector('[data-part=picture]');
+                      return c.getContext('2d').getImageData(c.width - 30, c.height * .62, 1, 1).data[0] }"""
+    wait_for(lambda: abs(page.evaluate(read) - 4 / 7 * 255) < 8, 5, "the piece is painted")
+    value = json.loads(page.locator("[data-mllm-widget]").get_attribute("data-value"))
+    assert value["place"] == 11 and value["code"] == 4 and value["codes"][11] == 4
+    page.locator("button").click()
+    assert "Word 3," in status.inner_text()
+    page.locator("input[type=number]").fill("7")
+    page.keyboard.press("Enter")
+    assert "Shown alone" in status.inner_text() or "Painted" in status.inner_text()
+
+
+@pytest.mark.xdist_group("browser")
+def test_composer_page_by_mouse_and_keyboard(opened):
+    page = opened(composer())
+    sentence, words = page.locator("[data-part=sentence]"), page.locator("[data-part=words]")
+    assert sentence.get_attribute("data-order") == "0,1" and "(13 words)" in words.inner_text()
+    assert page.locator("[data-part=next] img").count() == 1
+    page.locator("button").nth(2).click()
+    assert sentence.get_attribute("data-order") == "0,1,2" and page.locator("[data-part=next] img").count() == 0
+    sentence.focus()
+    page.keyboard.press("Shift+ArrowLeft")
+    assert sentence.get_attribute("data-order") == "0,2,1" and sentence.get_attribute("aria-activedescendant") == "at-1"
+    page.keyboard.press("Delete")
+    assert sentence.get_attribute("data-order") == "0,1" and page.locator("[data-part=next] img").count() == 1
+    page.locator("[role=option]").nth(0).drag_to(page.locator("[role=option]").nth(1))
+    assert sentence.get_attribute("data-order") == "1,0"
+    page.locator("button").nth(2).drag_to(page.locator("[role=option]").nth(0))
+    assert sentence.get_attribute("data-order") == "2,1,0"
+    value = json.loads(page.locator("[data-mllm-widget]").get_attribute("data-value"))
+    assert value["order"] == [2, 1, 0]
 
 
 # ---- live in JupyterLab ----
