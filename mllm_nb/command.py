@@ -126,6 +126,7 @@ def engine_arguments(parser: argparse.ArgumentParser) -> None:
         action.add_argument("--endpoint", metavar="URL", help="an OpenAI-compatible address (default: templates)")
         action.add_argument("--model", default="default", help="the model's name there; key: OPENAI_API_KEY")
         action.add_argument("--see", action="store_true", help="send pictures to the model, too")
+        action.add_argument("--workers", type=int, default=1, help="questions asked at a time (default: 1)")
         action.add_argument("--retry", action="store_true", help="try again what failed before")
 
 # %% ../nbs/appendix/command.ipynb #99a3fdcd
@@ -159,10 +160,10 @@ def run_engine(arguments: argparse.Namespace) -> int:
         writer = engine.EndpointWriter(arguments.endpoint, arguments.model, see=arguments.see)
     if arguments.action == "rewrite":
         counts = engine.rewrite(Records(arguments.file), arguments.out, writer, arguments.kind, retry=arguments.retry,
-                                progress=lambda items: quiet_bar(items, arguments.kind))
+                                workers=arguments.workers, progress=lambda items: quiet_bar(items, arguments.kind))
         print(f"{Path(arguments.out) / arguments.kind}.jsonl: {dict(counts)}")
         return 0 if counts["ok"] else 1
-    made = engine.Engine(arguments.out, engine_source(arguments), writer, engine_settings(arguments))
+    made = engine.Engine(arguments.out, engine_source(arguments), writer, engine_settings(arguments), arguments.workers)
     counts = made.run(arguments.until, arguments.retry, progress=quiet_bar)
     for step, found in counts.items():
         print(f"{step:10}" + ", ".join(f"{number} {what}" for what, number in found.items()))

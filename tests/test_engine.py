@@ -231,6 +231,17 @@ def test_politeness(tmp_path):
     with pytest.raises(EngineError, match="agent"): Fetcher(tmp_path, "bot/1 me@a.org\r\nX: y")
 
 
+def test_a_damaged_store_is_fetched_again(tmp_path):
+    with serving(lambda page: page.reply(b"whole")) as (here, asked):
+        fetch = Fetcher(tmp_path, AGENT, QUICK)
+        fetch(here + "/x")
+        path = next(path for path in tmp_path.rglob("*") if path.is_file())
+        for damaged in (b"", b"{", path.read_bytes()[:-2], b"{}\nwhole", b"[]\nwhole"):
+            path.write_bytes(damaged)
+            assert fetch(here + "/x").data == b"whole"
+        assert len(asked) == 6 and fetch(here + "/x").data == b"whole" and len(asked) == 6
+
+
 def test_no_address_chooses_where_it_is_kept(tmp_path):
     with serving(lambda page: page.reply(b"ok")) as (here, _):
         fetch = Fetcher(tmp_path / "store", AGENT, QUICK)
@@ -366,9 +377,31 @@ def test_steps_record_failures_retry_them_when_asked_and_stop_when_all_fails(tmp
     assert not (tmp_path / "other.jsonl").exists()
 
 
-def test_other_errors_are_not_swallowed(tmp_path):
+@pytest.mark.parametrize("workers", [1, 4])
+def test_other_errors_are_not_swallowed(tmp_path, workers):
     def work(facts): raise KeyError("a bug")
-    with pytest.raises(KeyError): run_step(tmp_path / "s.jsonl", [Item("a", {})], work)
+    with pytest.raises(KeyError): run_step(tmp_path / "s.jsonl", [Item("a", {})], work, workers=workers)
+
+
+def test_several_workers_do_the_same_and_never_more_at_a_time(tmp_path):
+    now, most, taken = [0], [0], [0]
+    lock = threading.Lock()
+    def items():
+        for i in range(40): taken[0] += 1; yield Item(str(i), {"n": i})
+    def work(facts):
+        with lock: now[0] += 1; most[0] = max(most[0], now[0])
+        assert taken[0] - facts["n"] <= 12, "items are not taken far ahead"
+        time.sleep(.002 * (facts["n"] % 3))
+        with lock: now[0] -= 1
+        if facts["n"] % 5 == 0: raise EngineError("five")
+        return {"made": facts["n"]}
+    assert run_step(tmp_path / "a" / "s.jsonl", items(), work) == {"ok": 32, "failed": 8} and most[0] == 1
+    taken[0] = most[0] = 0
+    assert run_step(tmp_path / "b" / "s.jsonl", items(), work, workers=4) == {"ok": 32, "failed": 8}
+    assert (tmp_path / "a" / "s.jsonl").read_bytes() == (tmp_path / "b" / "s.jsonl").read_bytes() and 1 < most[0] <= 4
+    taken[0] = 0
+    with pytest.raises(EngineError, match="3 failed in a row"):
+        run_step(tmp_path / "c" / "s.jsonl", items(), lambda facts: work({"n": 0}), workers=4, patience=3)
 
 
 # ---- the engine
@@ -464,7 +497,7 @@ def test_sigkill_at_any_moment(tmp_path, whole, seed):
 
 
 def test_steps_one_by_one_and_new_settings(tmp_path, whole):
-    for step in STEPS: Engine(tmp_path, SavedPages(PAGES)).run(until=step)
+    for step in STEPS: Engine(tmp_path, SavedPages(PAGES), workers=3).run(until=step)
     assert outputs(tmp_path) == whole[2]
     Engine(tmp_path, SavedPages(PAGES), settings=EngineSettings(fields=("biology",))).run()
     assert len(Records(tmp_path / "engine.jsonl")) == 1, "only what the settings ask for, though the journals know more"

@@ -246,6 +246,7 @@ def test_the_survey_finds_what_it_can_see(pile, images, broken, exact, near, lea
     assert (4, 1, 3) in web.exact and (5, 1, 3) in web.near and (7, 2, 1) in web.exact
     assert any("gone.png" in problem and "no such file" in problem for problem in coco.problems)
     assert sum(web.lengths) == 8 and sum(coco.lengths) == 17 - len(broken)
+    assert (coco.shown, web.shown, bench.shown) == ((0 if images == "names" else 1), 0, 0)
     without = survey(pile, images, near=False)
     assert not without[1].near and without[1].exact == web.exact
 
@@ -260,6 +261,15 @@ def test_what_is_bad_is_not_in_the_plan(pile):
     rows = {row["source"]: row for row in report_rows(plan)}
     assert rows["web"]["exact copies"] == 5 and rows["web"]["near copies"] == 1 and rows["coco"]["of benchmarks"] == 1 and rows["bench"]["taken"] == 0
     assert "| all" in report_table(plan)
+
+
+def test_a_file_that_is_cut_off_is_told(tmp_path):
+    mixture = write(tmp_path, {"a": ("ocr", many("a", 3)), "b": ("ocr", []), "c": ("ocr", ["not json"])})
+    (tmp_path / "a.jsonl").write_text(json.dumps(many("a", 4))[:-30])
+    (tmp_path / "b.jsonl").write_text("")
+    a, b, c = survey(mixture)
+    assert "not closed" in a.problems[0] and a.broken == (3,) and "empty" in b.problems[0] and c.broken == (0,)
+    assert len(make_plan(mixture, [a, b, c])) == 3
 
 
 def test_a_survey_of_other_files_is_refused(pile):

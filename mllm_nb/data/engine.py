@@ -6,10 +6,10 @@
 __all__ = ['RAW', 'SKIPPED', 'SKIPPED_CLASSES', 'HEADINGS', 'BLOCKS', 'MARKS', 'FREE', 'TOPICS', 'INSTRUCTIONS', 'STEPS',
            'EngineError', 'Piece', 'page_pieces', 'attributes', 'Figure', 'Page', 'is_hidden', 'tidy', 'Cleaner',
            'clean_page', 'encodings', 'decode_page', 'FetchError', 'Limits', 'Fetched', 'check_address', 'is_public',
-           'connect', 'ask_once', 'with_tries', 'Fetcher', 'key_of', 'Journal', 'Item', 'run_step', 'read_lines',
-           'Link', 'Picture', 'PageSource', 'stem_words', 'SavedPages', 'Wikipedia', 'WriterError', 'Writer', 'text_of',
-           'list_of', 'checked_form', 'sentences', 'TemplateWriter', 'json_in', 'EndpointWriter', 'EngineSettings',
-           'save_picture', 'pair_problem', 'Engine', 'show_engine', 'rewrite']
+           'connect', 'ask_once', 'with_tries', 'Fetcher', 'key_of', 'Journal', 'Item', 'Again', 'run_step',
+           'read_lines', 'Link', 'Picture', 'PageSource', 'stem_words', 'SavedPages', 'Wikipedia', 'WriterError',
+           'Writer', 'text_of', 'list_of', 'checked_form', 'sentences', 'TemplateWriter', 'json_in', 'EndpointWriter',
+           'EngineSettings', 'save_picture', 'pair_problem', 'Engine', 'show_engine', 'rewrite']
 
 # %% ../../nbs/5_data/5_engine.ipynb #35c047dd
 import base64, hashlib, html, http.client, io, ipaddress, itertools, json, os, re, socket, ssl, threading, time
@@ -17,6 +17,7 @@ import unicodedata
 import urllib.error, urllib.parse, urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from email.utils import parsedate_to_datetime
@@ -24,7 +25,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from .mixture import write_whole
 from .records import Finding, Records, Sample, check_fields, image_path, parse_record, record_of, shorten
 from ..images import ImageError, open_image
 from ..language.chat import IMAGE, Turn
@@ -428,14 +428,15 @@ class Fetcher:
     def kept(self, address: str) -> Fetched | None:
         try: head, _, data = self.place(address).read_bytes().partition(b"\n")
         except FileNotFoundError: return None
-        facts = json.loads(head)
-        return Fetched(facts["address"], facts["content_type"], data)
+        try: facts = json.loads(head); found = Fetched(facts["address"], facts["content_type"], data)
+        except (ValueError, KeyError, TypeError): return None    # a disk's fault: fetch it again
+        return found if facts.get("bytes", len(data)) == len(data) else None
 
     def keep(self, address: str, fetched: Fetched) -> None:
         path = self.place(address)
         path.parent.mkdir(parents=True, exist_ok=True)
         facts = {"asked": address, "address": fetched.address, "content_type": fetched.content_type,
-                 "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+                 "bytes": len(fetched.data), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
         partial_path = path.with_suffix(f".{os.getpid()}")
         partial_path.write_bytes(json.dumps(facts).encode() + b"\n" + fetched.data)
         os.replace(partial_path, path)
@@ -477,27 +478,36 @@ class Journal:
 
     def close(self) -> None: self.file.close()
 
-# %% ../../nbs/5_data/5_engine.ipynb #0bce7a1d
+# %% ../../nbs/5_data/5_engine.ipynb #b19d95d0
 class Item(NamedTuple):
     "A piece of work: its key, and what the step is given."
     key: str
     facts: dict
 
+@dataclass(frozen=True)
+class Again:
+    "Items that are made anew each time they are gone through, so that none is held; counted when asked how many."
+    make: Callable[[], Iterator[Item]]
+
+    def __iter__(self) -> Iterator[Item]: return self.make()
+    def __len__(self) -> int: return sum(1 for _ in self.make())
+
+# %% ../../nbs/5_data/5_engine.ipynb #d5e0d75b
 def run_step(path: Path, items: Iterable[Item], work: Callable[[dict], dict], *, retry: bool = False,
-             patience: int = 50, progress: Callable[[Iterable], Iterable] = iter) -> Counter:
+             patience: int = 50, workers: int = 1, progress: Callable[[Iterable], Iterable] = iter) -> Counter:
     """Do what is not done yet, then write `path`: a line per item, in their order, failed ones with the reason.
 
     `retry`: try failed items again. After `patience` failures in a row the step stops with EngineError: something
-    larger is wrong, and the next run goes on from there.
+    larger is wrong, and the next run goes on from there. `workers`: how many items at a time.
     """
     journal, order, row = Journal(path.parent / "journal" / path.name), {}, 0
-    try:
-        for item in progress(list(items)):
+    def due() -> Iterator[Item]:
+        for item in progress(items):
             if item.key in order: continue                       # the same work twice is done once
             order[item.key] = None
-            if item.key in journal and not (retry and journal[item.key]["status"] == "failed"): continue
-            try: result = {"status": "ok", **work(item.facts)}
-            except (EngineError, ImageError) as error: result = {"status": "failed", "reason": str(error)}
+            if item.key not in journal or (retry and journal[item.key]["status"] == "failed"): yield item
+    try:
+        for item, result in worked(due(), partial(attempt, work), workers):
             journal.add(item.key, result)
             row = row + 1 if result["status"] == "failed" else 0
             if row >= patience:
@@ -505,16 +515,41 @@ def run_step(path: Path, items: Iterable[Item], work: Callable[[dict], dict], *,
         return compiled(journal, order, path)
     finally: journal.close()
 
-# %% ../../nbs/5_data/5_engine.ipynb #ab3978fe
+# %% ../../nbs/5_data/5_engine.ipynb #d784cb85
+def attempt(work: Callable[[dict], dict], facts: dict) -> dict:
+    "The result of some work, or why there is none. A bug is no reason: it is raised."
+    try: return {"status": "ok", **work(facts)}
+    except (EngineError, ImageError) as error: return {"status": "failed", "reason": str(error)}
+
+def worked(items: Iterable[Item], work: Callable[[dict], dict], workers: int) -> Iterator[tuple[Item, dict]]:
+    "Items with their results, each as soon as it is there; items are only taken as they can be worked on."
+    if workers <= 1:
+        yield from ((item, work(item.facts)) for item in items)
+        return
+    pool, running = ThreadPoolExecutor(workers), {}
+    try:
+        for item in itertools.chain(items, [None] * workers):
+            if item is not None: running[pool.submit(work, item.facts)] = item
+            while running and (item is None or len(running) >= workers):
+                for done in wait(running, return_when=FIRST_COMPLETED).done: yield running.pop(done), done.result()
+    finally: pool.shutdown(cancel_futures=True)
+
+# %% ../../nbs/5_data/5_engine.ipynb #6e786b05
 def compiled(journal: Journal, order: Iterable[str], path: Path) -> Counter:
     "Write the items of these keys; readers see the whole file or none."
-    partial_path, counts = path.with_name(path.name + ".partial"), Counter()
-    with open(partial_path, "w", encoding="utf-8", newline="\n") as file:
+    counts = Counter()
+    with whole_file(path) as file:
         for found in map(journal.__getitem__, order):
             counts[found["status"]] += 1
             file.write(json.dumps(found, ensure_ascii=False) + "\n")
-    os.replace(partial_path, path)
     return counts
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[io.TextIOBase]:
+    "A file to write that appears under its name when it is finished, and not at all if it is not."
+    partial_path = path.with_name(path.name + ".partial")
+    with open(partial_path, "w", encoding="utf-8", newline="\n") as file: yield file
+    os.replace(partial_path, path)
 
 # %% ../../nbs/5_data/5_engine.ipynb #0bbaa279
 def read_lines(path: Path) -> Iterator[dict]:
@@ -954,7 +989,7 @@ def check_pairs(engine: "Engine", facts: dict) -> dict:
     "The record of the pairs that pass."
     return checked_record(facts, engine.settings.grounded)
 
-# %% ../../nbs/5_data/5_engine.ipynb #45d68268
+# %% ../../nbs/5_data/5_engine.ipynb #fc49a2eb
 STEPS = {"topics": (topic_items, write_topics), "links": (link_items, find_links), "pages": (page_items, read_page),
          "pictures": (picture_items, take_picture), "questions": (question_items, write_questions),
          "records": (record_items, check_pairs)}
@@ -962,8 +997,9 @@ STEPS = {"topics": (topic_items, write_topics), "links": (link_items, find_links
 class Engine:
     "The six steps on a folder. Only one process may run in it; killed at any point, the next `run` goes on."
     def __init__(self, folder: str | Path, source: PageSource, writer: Writer = TemplateWriter(),
-                 settings: EngineSettings = EngineSettings()):
+                 settings: EngineSettings = EngineSettings(), workers: int = 1):   # of the writer; sources get none
         self.folder, self.source, self.writer, self.settings = Path(folder), source, writer, settings
+        self.workers = workers
 
     def path(self, step: str) -> Path: return self.folder / f"{step}.jsonl"
 
@@ -975,12 +1011,14 @@ class Engine:
         counts = {}
         with alone(self.folder):
             for step, (items, work) in itertools.islice(STEPS.items(), list(STEPS).index(until) + 1):
-                counts[step] = run_step(self.path(step), items(self), partial(work, self), retry=retry,
-                                        patience=patience, progress=lambda them, step=step: progress(them, step))
+                workers = self.workers if step in ("topics", "questions") else 1
+                counts[step] = run_step(self.path(step), Again(partial(items, self)), partial(work, self), retry=retry,
+                                        patience=patience, workers=workers,
+                                        progress=lambda them, step=step: progress(them, step))
             if until == "records": counts["records"] = publish(self.folder)
         return counts
 
-# %% ../../nbs/5_data/5_engine.ipynb #0a0d0ed5
+# %% ../../nbs/5_data/5_engine.ipynb #b4ff313b
 def checked_record(facts: Mapping[str, Any], grounded: float) -> dict:
     "A LLaVA record of the pairs that pass, and why the others do not."
     turns, refused, asked = [], [], set()
@@ -999,12 +1037,16 @@ def checked_record(facts: Mapping[str, Any], grounded: float) -> dict:
 
 def publish(folder: Path) -> Counter:
     "engine.jsonl: the records to train on; refused.jsonl: every pair that failed a check."
-    lines = list(read_lines(folder / "records.jsonl"))
-    refused = [{"id": line["record"]["id"], **one} for line in lines for one in line["refused"]]
-    for name, found in (("engine", [line["record"] for line in lines]), ("refused", refused)):
-        write_whole(folder / f"{name}.jsonl", "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in found))
-    return Counter(ok=len(lines), refused=len(refused),
-                   failed=sum(1 for _ in open(folder / "records.jsonl", "rb")) - len(lines))
+    counts = Counter(ok=0, refused=0, failed=0)
+    with whole_file(folder / "engine.jsonl") as records, whole_file(folder / "refused.jsonl") as refused:
+        for line in map(json.loads, open(folder / "records.jsonl", encoding="utf-8")):
+            counts[line["status"]] += 1
+            if line["status"] != "ok": continue
+            records.write(json.dumps(line["record"], ensure_ascii=False) + "\n")
+            for one in line["refused"]:
+                refused.write(json.dumps({"id": line["record"]["id"], **one}, ensure_ascii=False) + "\n")
+            counts["refused"] += len(line["refused"])
+    return counts
 
 # %% ../../nbs/5_data/5_engine.ipynb #c999ed61
 class alone:
@@ -1038,9 +1080,10 @@ def show_engine(counts: Mapping[str, Mapping[str, int]]) -> "Figure":
     axis.legend(loc="upper left")
     return figure
 
-# %% ../../nbs/5_data/5_engine.ipynb #4a0c1628
+# %% ../../nbs/5_data/5_engine.ipynb #778ddcf4
 def rewrite(records: Records, folder: str | Path, writer: Writer, kind: str, *, longest: int = 10,
-            retry: bool = False, patience: int = 50, progress: Callable[[Iterable], Iterable] = iter) -> Counter:
+            retry: bool = False, patience: int = 50, workers: int = 1,
+            progress: Callable[[Iterable], Iterable] = iter) -> Counter:
     """Re-write records: kind "long" gives each short answer (up to `longest` words) more words, "chat" makes a creative
     conversation of each record. Writes `<folder>/<kind>.jsonl`, with images named from the records' own folder, and
     journals to go on after a kill; returns how many are ok or failed.
@@ -1054,12 +1097,12 @@ def rewrite(records: Records, folder: str | Path, writer: Writer, kind: str, *, 
         if wrong: raise EngineError(f"{records.where(facts['number'])}, {wrong[0].field}: found {wrong[0].found}")
         return {"record": {"long": longer, "chat": livelier}[kind](record, writer, longest)}
     with alone(folder):
-        items = (Item(key_of(kind, writer.name, longest, records.raw(i).decode("utf-8", "replace")), {"number": i})
-                 for i in range(len(records)))
         path = folder / f"{kind}_lines.jsonl"
-        counts = run_step(path, items, work, retry=retry, patience=patience, progress=progress)
-        made = "".join(json.dumps(line["record"], ensure_ascii=False) + "\n" for line in read_lines(path))
-        write_whole(folder / f"{kind}.jsonl", made)
+        items = Again(lambda: (Item(key_of(kind, writer.name, longest, records.raw(i).decode("utf-8", "replace")),
+                                    {"number": i}) for i in range(len(records))))
+        counts = run_step(path, items, work, retry=retry, patience=patience, workers=workers, progress=progress)
+        with whole_file(folder / f"{kind}.jsonl") as file:
+            for line in read_lines(path): file.write(json.dumps(line["record"], ensure_ascii=False) + "\n")
     return counts
 
 # %% ../../nbs/5_data/5_engine.ipynb #5c80230b

@@ -359,6 +359,7 @@ class Surveyed:
     exact: tuple[tuple[int, int, int], ...] = ()
     near: tuple[tuple[int, int, int], ...] = ()
     lengths: tuple[int, ...] = (0,) * (len(LENGTHS) + 1)
+    shown: int = 0                           # records about a picture that a benchmark asks about, too
 
     @property
     def bad(self) -> Int[np.ndarray, "bad"]:
@@ -374,6 +375,7 @@ class Finder:
     "Goes over all records of a mixture once; numbers them through, benchmarks first."
     def __init__(self, mixture: Mixture, images: str):
         self.mixture, self.files, self.pictures = mixture, mixture.open(), Pictures(images)
+        self.asked_about: set[bytes] = set()                     # the pictures of the benchmarks
         self.order = sorted(range(len(self.files)), key=lambda s: not mixture.sources[s].held_out)
         self.starts = np.cumsum([0, *(len(self.files[s]) for s in self.order)])
 
@@ -383,7 +385,7 @@ class Finder:
         return self.order[at], int(i - self.starts[at])
 
     def read(self, source: int, record: int) -> tuple[Form | None, list[str], dict | None]:
-        "The form of a record, or None and what is wrong with it."
+        "The form of a record or None, what is wrong with it, and the record with its pictures' keys as `shown`."
         records = self.files[source]
         found, findings = records.findings(record)
         wrong = [str(problem_of(records, record, found, one)) for one in findings if one.severity == "error"]
@@ -391,7 +393,10 @@ class Finder:
         looks = [self.pictures.look(path) for path in records.image_paths(found)]
         wrong = [f"{records.where(record)}, image: found {name!r}: {problem}, expected a readable image"
                  for name, (_, problem) in zip(image_names(found), looks) if problem]
-        return (None if wrong else form_of(found, [key for key, _ in looks])), wrong, found
+        if wrong: return None, wrong, found
+        keys = [key for key, _ in looks]
+        if self.mixture.sources[source].held_out: self.asked_about.update(keys)
+        return form_of(found, keys), [], found | {"shown": any(key in self.asked_about for key in keys)}
 
     def form(self, i: int) -> Form: return self.read(*self.place(i))[0]
 
@@ -415,10 +420,11 @@ def survey(mixture: Mixture, images: str = "names", near: bool = True, similarit
         for i in progress(range(total)):
             source, record = finder.place(i)
             form, wrong, found = finder.read(source, record)
-            note = notes.setdefault(source, {"broken": [], "problems": [], "lengths": Counter()})
+            note = notes.setdefault(source, {"broken": [], "problems": [], "lengths": Counter(), "shown": 0})
             if wrong: note["broken"].append(record); note["problems"] += wrong[:100 - len(note["problems"])]
             else:
-                usable[i], prints[i] = True, form.fingerprint(); note["lengths"] += answer_lengths(found)
+                usable[i], prints[i] = True, form.fingerprint()
+                note["lengths"].update(answer_lengths(found)); note["shown"] += found["shown"]
                 if near: file.write(band_keys(form).tobytes())
         copies = find_copies(np.flatnonzero(usable), prints, finder, file if near else None, similarity)
     return [surveyed(finder, source, notes.get(source, {}), copies) for source in range(len(finder.files))]
@@ -449,10 +455,11 @@ def surveyed(finder: Finder, source: int, note: Mapping, copies: tuple[dict[int,
     held_out = finder.mixture.sources[source].held_out
     found = [tuple((i - start, *finder.place(keeper)) for i, keeper in sorted(some.items())
                    if start <= i < start + size and not held_out) for some in copies]
-    lengths = note.get("lengths", Counter())
+    lengths, records = note.get("lengths", Counter()), finder.files[source]
+    whole = [f"{records.path}: {records.problem}"] if records.problem else []     # of the file, not of a record
     return Surveyed(finder.mixture.sources[source].name, size, tuple(note.get("broken", ())),
-                    tuple(note.get("problems", ())), found[0], found[1],
-                    tuple(lengths[i] for i in range(len(LENGTHS) + 1)))
+                    (*whole, *note.get("problems", ())), *found, tuple(lengths[i] for i in range(len(LENGTHS) + 1)),
+                    0 if held_out else note.get("shown", 0))
 
 # %% ../../nbs/5_data/4_mixture.ipynb #ef4d1826
 @dataclass(frozen=True, eq=False)
@@ -506,7 +513,7 @@ def report_rows(plan: Plan) -> list[dict[str, Any]]:
         good, cap = one.records - len(one.bad), plan.mixture.cap(source)
         rows.append({"source": source.name, "category": "held out" if source.held_out else source.category,
                      "records": one.records, "broken": len(one.broken), "exact copies": len(one.exact),
-                     "near copies": len(one.near), "of benchmarks": one.leaked(held_out),
+                     "near copies": len(one.near), "of benchmarks": one.leaked(held_out), "same picture": one.shown,
                      "capped": min(good, cap or good), "taken": len(chosen)})
     return rows
 
