@@ -79,6 +79,7 @@ def mixture_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", choices=("names", "bytes", "pixels"), default="names",
                         help="when two pictures are the same: by name, by file, by looks (default: names)")
     parser.add_argument("--no-near", action="store_true", help="look for exact copies only")
+    parser.add_argument("--survey", metavar="FILE", help="report.json of an earlier run on the same files")
     parser.add_argument("--shards", type=int, metavar="N", help="write tar shards of N records, pictures included")
     parser.add_argument("--report-only", action="store_true", help="write the report and no records")
 
@@ -89,7 +90,8 @@ def run_mixture(arguments: argparse.Namespace) -> int:
     from mllm_nb.data import mixture as mixing
     changes = {name: getattr(arguments, name) for name in ("total", "seed") if getattr(arguments, name) is not None}
     mixture = replace(mixing.read_mixture(arguments.file), **changes)
-    found = mixing.survey(mixture, arguments.images, not arguments.no_near, progress=lambda i: quiet_bar(i, "survey"))
+    found = mixing.read_surveys(arguments.survey) if arguments.survey else mixing.survey(
+        mixture, arguments.images, not arguments.no_near, progress=lambda i: quiet_bar(i, "survey"))
     plan = mixing.make_plan(mixture, found)
     report = mixing.write_report(plan, arguments.out)
     print(f"{mixing.report_table(plan)}\n\nreport: {report}")

@@ -71,7 +71,7 @@ def test_mixture(tmp_path, capsys):
     assert command.main(["mixture", str(tmp_path / "m.json"), "--out", str(out), "--no-near"]) == 0
     text = capsys.readouterr().out
     assert "| a " in text and (out / "report.md").exists() and len((out / "mixture.jsonl").read_text().splitlines()) == 12
-    assert command.main(["mixture", str(tmp_path / "m.json"), "--out", str(out), "--no-near", "--total", "5", "--shards", "2"]) == 0
+    assert command.main(["mixture", str(tmp_path / "m.json"), "--out", str(out), "--survey", str(out / "report.json"), "--total", "5", "--shards", "2"]) == 0
     assert "5 records" in capsys.readouterr().out and len(list((out / "shards").glob("*.tar"))) == 3
     (tmp_path / "a.jsonl").unlink()
     assert command.main(["mixture", str(tmp_path / "m.json"), "--out", str(out)]) == 2

@@ -17,7 +17,7 @@ from PIL import Image
 
 from mllm_nb.data.mixture import (
     CAMBRIAN_RATIOS, LETTER, SHORT, AnswerPrompt, Mixture, MixtureError, Pictures, Shards, Source, allocate, category_shares,
-    difference_hash, draw, exact_copies, form_of, jaccard, key_of, make_plan, minhash, near_copies, quotas, ranks, read_mixture,
+    difference_hash, draw, exact_copies, form_of, jaccard, key_of, make_plan, minhash, near_copies, quotas, ranks, read_mixture, read_surveys,
     report_notes, report_rows, report_table, shared_out, shingles, survey, write_plan, write_report, write_shards)
 from mllm_nb.data.records import RecordError, Records, Sample, check_records
 from mllm_nb.data.world import CATEGORIES
@@ -259,7 +259,7 @@ def test_what_is_bad_is_not_in_the_plan(pile):
     assert not {"coco/leak", "coco/torn", "coco/gone", "coco/mute", "web/w3", "web/s2", "web/s5"} & set(ids) and not any(i.startswith("bench") for i in ids)
     for i in range(len(plan)): plan[i].open_images()
     rows = {row["source"]: row for row in report_rows(plan)}
-    assert rows["web"]["exact copies"] == 5 and rows["web"]["near copies"] == 1 and rows["coco"]["of benchmarks"] == 1 and rows["bench"]["taken"] == 0
+    assert rows["web"]["exact"] == 5 and rows["web"]["near"] == 1 and rows["coco"]["leaked"] == 1 and rows["bench"]["taken"] == 0
     assert "| all" in report_table(plan)
 
 
@@ -275,7 +275,18 @@ def test_a_file_that_is_cut_off_is_told(tmp_path):
 def test_a_survey_of_other_files_is_refused(pile):
     surveys = survey(pile)
     with open(pile.path("web.jsonl"), "a") as file: file.write(json.dumps(said("new", "new")) + "\n")
-    with pytest.raises(MixtureError, match="'web': found 9 records, the survey was of 'web' with 8"): make_plan(pile, surveys)
+    with pytest.raises(MixtureError, match="'web': found 9 records in .* the survey was of 8"): make_plan(pile, surveys)
+    with pytest.raises(MixtureError, match="survey was of coco, web: make"): make_plan(pile, surveys[:2])
+
+
+def test_a_stored_survey_serves_another_mixture(pile, tmp_path):
+    surveys = survey(pile, "bytes")
+    write_report(make_plan(pile, surveys), tmp_path / "out")
+    assert read_surveys(tmp_path / "out" / "report.json") == surveys
+    assert np.array_equal(make_plan(pile, surveys).order, make_plan(pile, read_surveys(tmp_path / "out" / "report.json")).order)
+    with pytest.raises(MixtureError, match="no such file"): read_surveys(tmp_path / "none.json")
+    (tmp_path / "x.json").write_text("[]")
+    with pytest.raises(MixtureError, match="expected a report"): read_surveys(tmp_path / "x.json")
 
 
 def test_pictures_of_plain_paper_are_not_all_the_same():

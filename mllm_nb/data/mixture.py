@@ -8,7 +8,8 @@ __all__ = ['PROMPTING', 'CAMBRIAN_RATIOS', 'CAMBRIAN_THRESHOLD', 'IDENTITIES', '
            'ranks', 'key_of', 'draw', 'Form', 'form_of', 'difference_hash', 'Pictures', 'shingles', 'jaccard',
            'minhash', 'band_keys', 'exact_copies', 'near_copies', 'Surveyed', 'survey', 'Plan', 'make_plan',
            'report_rows', 'category_shares', 'report_notes', 'report_table', 'show_sources', 'show_balance',
-           'show_lengths', 'write_report', 'write_plan', 'image_file', 'write_shards', 'Shards', 'AnswerPrompt']
+           'show_lengths', 'write_report', 'read_surveys', 'as_tuple', 'write_plan', 'image_file', 'write_shards',
+           'Shards', 'AnswerPrompt']
 
 # %% ../../nbs/5_data/4_mixture.ipynb #e4a427af
 import functools, hashlib, io, json, os, re, tarfile, tempfile, zlib
@@ -360,6 +361,7 @@ class Surveyed:
     near: tuple[tuple[int, int, int], ...] = ()
     lengths: tuple[int, ...] = (0,) * (len(LENGTHS) + 1)
     shown: int = 0                           # records about a picture that a benchmark asks about, too
+    size: int | None = None                  # bytes of the file
 
     @property
     def bad(self) -> Int[np.ndarray, "bad"]:
@@ -459,7 +461,7 @@ def surveyed(finder: Finder, source: int, note: Mapping, copies: tuple[dict[int,
     whole = [f"{records.path}: {records.problem}"] if records.problem else []     # of the file, not of a record
     return Surveyed(finder.mixture.sources[source].name, size, tuple(note.get("broken", ())),
                     (*whole, *note.get("problems", ())), *found, tuple(lengths[i] for i in range(len(LENGTHS) + 1)),
-                    0 if held_out else note.get("shown", 0))
+                    0 if held_out else note.get("shown", 0), records.path.stat().st_size)
 
 # %% ../../nbs/5_data/4_mixture.ipynb #ef4d1826
 @dataclass(frozen=True, eq=False)
@@ -492,10 +494,13 @@ def make_plan(mixture: Mixture, surveys: Sequence[Surveyed] | None = None) -> Pl
     "Choose the records. Without a survey every record counts as good and as different. MixtureError for missing files."
     files = mixture.open()
     surveys = tuple(surveys or (Surveyed(s.name, len(f)) for s, f in zip(mixture.sources, files)))
-    for one, source, file in zip(surveys, mixture.sources, files, strict=True):
-        if (one.name, one.records) != (source.name, len(file)):
-            raise MixtureError(f"source {source.name!r}: found {len(file)} records, the survey was of {one.name!r} "
-                               f"with {one.records}: make it again")
+    if [one.name for one in surveys] != [source.name for source in mixture.sources]:
+        raise MixtureError(f"{mixture.name}: the survey was of {', '.join(one.name for one in surveys)}: make it again")
+    for one, file in zip(surveys, files):
+        now = (len(file), file.path.stat().st_size)
+        if now != (one.records, now[1] if one.size is None else one.size):
+            raise MixtureError(f"source {one.name!r}: found {now[0]} records in {now[1]} bytes, the survey was of "
+                               f"{one.records} in {one.size}: make it again")
     counts = allocate(mixture, [one.records - len(one.bad) for one in surveys])
     chosen = tuple(draw(count, one.records, key_of(one.name, mixture.seed), one.bad)
                    for count, one in zip(counts, surveys))
@@ -504,16 +509,19 @@ def make_plan(mixture: Mixture, surveys: Sequence[Surveyed] | None = None) -> Pl
                                for s, c in zip(mixture.sources, chosen)])
     return Plan(mixture, surveys, chosen, tuple(files), order[np.argsort(shuffled, kind="stable")])
 
-# %% ../../nbs/5_data/4_mixture.ipynb #2063bc2e
+# %% ../../nbs/5_data/4_mixture.ipynb #b97857d1
 def report_rows(plan: Plan) -> list[dict[str, Any]]:
-    "One row per source: what there was, what was thrown out and why, what the cap left, what is taken."
+    """One row per source: what there was, what was thrown out and why, what the cap left, what is taken.
+
+    `exact` and `near`: copies; `leaked`: those of a benchmark; `shared`: other questions about a benchmark's picture.
+    """
     held_out = [i for i, source in enumerate(plan.mixture.sources) if source.held_out]
     rows = []
     for source, one, chosen in zip(plan.mixture.sources, plan.surveys, plan.chosen):
         good, cap = one.records - len(one.bad), plan.mixture.cap(source)
         rows.append({"source": source.name, "category": "held out" if source.held_out else source.category,
-                     "records": one.records, "broken": len(one.broken), "exact copies": len(one.exact),
-                     "near copies": len(one.near), "of benchmarks": one.leaked(held_out), "same picture": one.shown,
+                     "records": one.records, "broken": len(one.broken), "exact": len(one.exact), "near": len(one.near),
+                     "leaked": one.leaked(held_out), "shared": one.shown,
                      "capped": min(good, cap or good), "taken": len(chosen)})
     return rows
 
@@ -626,6 +634,19 @@ def write_report(plan: Plan, folder: str | Path) -> Path:
     text += f"## Broken records\n\n{problems}" if problems else ""
     (folder / "report.md").write_text(text, encoding="utf-8")
     return folder / "report.md"
+
+# %% ../../nbs/5_data/4_mixture.ipynb #5e3969e6
+def read_surveys(path: str | Path) -> list[Surveyed]:
+    "The surveys of a report.json, so that another mixture of the same files needs no new one."
+    try: found = json.loads(Path(path).read_text(encoding="utf-8"))["surveys"]
+    except FileNotFoundError: raise MixtureError(f"{path}: no such file, expected a report.json") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise MixtureError(f"{path}: {error!r}, expected a report.json") from error
+    return [build(Surveyed, {name: as_tuple(value) for name, value in one.items()}, str(path)) for one in found]
+
+def as_tuple(value: Any) -> Any:
+    "JSON's lists as tuples, inside too."
+    return tuple(map(as_tuple, value)) if isinstance(value, list) else value
 
 # %% ../../nbs/5_data/4_mixture.ipynb #cc87c863
 def write_plan(plan: Plan, folder: str | Path) -> tuple[Path, Path]:
