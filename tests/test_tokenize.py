@@ -312,6 +312,25 @@ def test_an_index_that_cannot_be_read_is_named(tmp_path):
         check_shards(tmp_path)
 
 
+@pytest.mark.parametrize("option", ["--per-shard", "--batch", "--frames", "--stride"])
+def test_numbers_below_one_are_refused(tmp_path, capsys, option):
+    assert run("--world", 3, "--out", tmp_path / "out", option, 0) == 2
+    assert f"{option.removeprefix('--')}: found 0, expected at least 1" in capsys.readouterr().err
+
+
+def test_single_frames_of_a_film(tmp_path):
+    assert len(list(read_film(film(tmp_path / "film.mp4", 5), 16, "film", 1, 2))) == 3
+    assert len(list(read_film(film(tmp_path / "one.mp4", 1), 16, "one", 1, 8))) == 1
+
+
+def test_half_precision_on_request(tmp_path, capsys, tokenizer):
+    source = paint(tmp_path / "pictures", 3)
+    assert run(source, "--tokenizer", tokenizer, "--out", tmp_path / "out", "--precision", "bfloat16") == 0
+    assert run(source, "--tokenizer", tokenizer, "--out", tmp_path / "out") == 2
+    assert "precision: found 'bfloat16', expected 'float32'" in capsys.readouterr().err
+    assert run(source, "--tokenizer", tokenizer, "--out", tmp_path / "out", "--precision", "auto") == 0   # as it began
+
+
 def test_all_refused_is_no_crash(tmp_path, capsys, tokenizer):
     (tmp_path / "bad.png").write_bytes(b"not a picture")
     assert run(tmp_path / "bad.png", "--tokenizer", tokenizer, "--out", tmp_path / "out") == 0

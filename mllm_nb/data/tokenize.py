@@ -33,7 +33,7 @@ from PIL import Image
 from .world import FAMILIES, Words, make_picture
 from ..drawing.visual_sentences import (
     MANIFEST, Sentence, Shards, bytes_of, frame_numbers, read_index, write_shard)
-from ..drawing.vqgan import VQGAN, choose_precision, fingerprint, load_vqgan
+from ..drawing.vqgan import VQGAN, choose_precision, fingerprint, halved, load_vqgan
 from ..images import ImageError, open_image
 
 # %% ../../nbs/5_data/6_tokenize.ipynb #9ec07252
@@ -74,10 +74,10 @@ def read_film(path: Path, side: int, name: str, frames: int, stride: int) -> Ite
     ImageError for films that are damaged, end early or are too short."""
     promised, pictures = film_reader()(path)
     try:
-        wanted = frame_numbers(promised, frames, stride, 0)
+        step = frame_numbers(promised, frames, stride, 0)[1] if frames > 1 else stride
     except ValueError as error:
         raise ImageError(f"{path}: {error}") from None
-    step, kept, found = wanted[1] if frames > 1 else stride, [], 0
+    kept, found = [], 0
     for found, picture in enumerate(pictures, 1):
         if (found - 1) % step == 0:
             kept.append(fitted(picture, side))
@@ -243,7 +243,7 @@ def in_background(stream: Iterable, ahead: int) -> Iterator:
     finally:
         left.set()
 
-# %% ../../nbs/5_data/6_tokenize.ipynb #a514ded6
+# %% ../../nbs/5_data/6_tokenize.ipynb #7fbdfae4
 @dataclass(frozen=True)
 class Encoder:
     "Pixels to codes, in batches of at most `batch` pictures, on the device of the model."
@@ -253,8 +253,8 @@ class Encoder:
 
     @torch.inference_mode()
     def __call__(self, pictures: Sequence[Pixels]) -> Int[np.ndarray, "pictures words"]:
-        weight = next(self.model.parameters())
-        pixels = torch.from_numpy(np.stack(pictures)).to(weight.device).movedim(-1, 1).to(weight.dtype) / 255
+        device = next(self.model.parameters()).device
+        pixels = torch.from_numpy(np.stack(pictures)).to(device).movedim(-1, 1).float() / 255
         return self.model.encode(pixels).cpu().numpy()
 
 
@@ -291,6 +291,11 @@ class Manifest:
     per_shard: int = 100
     batch: int = 16
     precision: str = "float32"
+
+    def __post_init__(self):
+        for name in ("side", "frames", "stride", "per_shard", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name.replace('_', '-')}: found {getattr(self, name)}, expected at least 1")
 
     @property
     def shards(self) -> int:
@@ -435,7 +440,7 @@ def _copy_shard(source: Path, target: Path) -> None:
         shutil.copyfile(old, hidden)
         os.replace(hidden, new)
 
-# %% ../../nbs/5_data/6_tokenize.ipynb #56ed3640
+# %% ../../nbs/5_data/6_tokenize.ipynb #5f9976f7
 def parse_part(text: str) -> tuple[int, int]:
     "I/N as (worker, workers); workers count from 0 or from 1. Raises ValueError for anything else."
     worker, divided, workers = text.partition("/")
@@ -451,7 +456,7 @@ def load_encoder(model: VQGAN, precision: str, there: Manifest | None, batch: in
     model = model.to("cpu" if device == "mps" else device)
     if precision == "auto":
         precision = there.precision if there else str(choose_precision(model)[0].dtype).removeprefix("torch.")
-    return Encoder(model.to(getattr(torch, precision)), batch, precision)
+    return Encoder(model if precision == "float32" else halved(model, getattr(torch, precision)), batch, precision)
 
 # %% ../../nbs/5_data/6_tokenize.ipynb #f9ad1bc7
 def run_tokenize(arguments: Any) -> int:
