@@ -96,6 +96,11 @@ def test_the_quick_way_is_pefts(dtype, dropout, bias, autocast, tight, monkeypat
         assert all(relative(a.float(), b.float()) < tight and a.dtype == b.dtype for a, b in zip(found, results[0]))
     with torch.no_grad():
         assert relative(quick.eval()(given.to(dtype)), holder.eval()(given.to(dtype))) < 1e-2
+    heard = []
+    handle = quick[0].base_layer.register_forward_hook(lambda module, inputs, output: heard.append(1))
+    quick(given.to(dtype))
+    assert heard == [1]   # who listens to the layer beneath is heard
+    handle.remove()
     quick[0].merge()
     assert torch.equal(quick(given.to(dtype)), quick[0].base_layer(given.to(dtype)))   # PEFT's own switches still work
 

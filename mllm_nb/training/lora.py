@@ -193,7 +193,7 @@ def quick_forward(layer: nn.Module, x: Float[Tensor, "*rows in"]) -> Float[Tenso
                                    scale if keep is None else scale / (1 - p), keep)
     return said.reshape(*x.shape[:-1], -1)
 
-# %% ../../nbs/6_train/3_lora.ipynb #7f894760
+# %% ../../nbs/6_train/3_lora.ipynb #ca378e6e
 @functools.cache
 def quick_kind(kind: type) -> type:
     "PEFT's layer class with the quick way; whatever is unusual goes PEFT's own way."
@@ -202,6 +202,8 @@ def quick_kind(kind: type) -> type:
 
         def forward(self, x, *args, **kwargs):
             usual = not (args or kwargs or self.disable_adapters or self.merged or getattr(self, "lora_variant", None))
+            base = self.base_layer   # cut among devices or watched by hooks, it has to be asked itself
+            usual &= type(base.weight) is nn.Parameter and not base._forward_pre_hooks and not base._forward_hooks
             if usual and list(self.active_adapters) == list(self.lora_A) and len(self.lora_A) == 1:
                 return quick_forward(self, x)
             return super().forward(x, *args, **kwargs)

@@ -162,7 +162,7 @@ def peak(side: str, folder: Path, options) -> None:
     "Child process: MB at the highest point above what imports and data take."
     import peft  # noqa: F401
     import transformers
-    transformers.Trainer, transformers.LlavaForConditionalGeneration   # imported by both, so that code is not counted
+    assert transformers.Trainer and transformers.LlavaForConditionalGeneration   # imported by both: code is not counted
     samples(options.samples, options.vocabulary)
     torch.ones(8, 8) @ torch.ones(8, 8)
     Path("/proc/self/clear_refs").write_text("5")   # Linux: forget the peak so far
