@@ -286,6 +286,8 @@ class _Connections:
 
     def make(self, kind: type, host: str, **options: Any) -> http.client.HTTPConnection:
         connection = kind(host, **options)
+        if not hasattr(connection, "_create_connection"):        # another Python, where this would check nothing
+            raise EngineError("http.client of this Python does not let connections be checked")
         connection._create_connection = partial(connect, private_hosts=self.private_hosts)
         self.made.append(connection)
         return connection
