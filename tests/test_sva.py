@@ -60,7 +60,7 @@ def grids(seed: int = 0, views: int = 1):
 def test_windows_keep_order_and_masks():
     windows = cut_windows(torch.arange(64).reshape(1, 8, 8), 4)
     assert windows[0, 5].tolist() == [18, 19, 26, 27]
-    with pytest.raises(ValueError, match="8 x 8 cells, expected sides that 3 queries"):
+    with pytest.raises(ValueError, match="8 x 8 cells, expected sides that 3 x 3 queries"):
         cut_windows(torch.zeros(1, 8, 8), 3)
     empty = torch.zeros(1, 2, 4, dtype=torch.bool)
     assert open_if_empty([empty])[0].all()

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['HEADS', 'PIECE', 'LAYER_TYPES', 'cut_windows', 'show_windows', 'open_if_empty', 'norm_linear', 'CrossAttention',
-           'OutputMLP', 'plain_attention', 'Window', 'normalised', 'SamplerLayer', 'folded', 'tower_scores',
-           'in_pieces', 'tower_values', 'split_cells', 'fast_attention', 'multiplications', 'TowerAttention',
-           'SeparateLayer', 'VisionSampler', 'square_side', 'SVAConfig', 'Sight', 'SpatialVisionAggregator',
-           'plain_features', 'sampled', 'decoder_layers', 'looking', 'window_shares']
+           'OutputMLP', 'plain_attention', 'Window', 'normalised', 'SamplerLayer', 'projected', 'head_matrices',
+           'tower_scores', 'in_pieces', 'tower_values', 'split_cells', 'fast_attention', 'multiplications',
+           'TowerAttention', 'SeparateLayer', 'VisionSampler', 'square_side', 'SVAConfig', 'Sight',
+           'SpatialVisionAggregator', 'plain_features', 'sampled', 'decoder_layers', 'looking', 'window_shares']
 
 # %% ../../nbs/3_connect/3_sva.ipynb #070855c1
 from collections.abc import Callable, Iterator, Sequence
@@ -26,18 +26,19 @@ from torch.utils.checkpoint import checkpoint
 from .mlp import build_projector
 from ..vision.towers import Features, interpolate_grid
 
-# %% ../../nbs/3_connect/3_sva.ipynb #72531499
-def cut_windows(grid: Float[Tensor, "views rows columns *width"], side: int
+# %% ../../nbs/3_connect/3_sva.ipynb #a5deb9b3
+def cut_windows(grid: Float[Tensor, "views rows columns *width"], side: int, rows: int | None = None
                 ) -> Float[Tensor, "views cells window *width"]:
-    """A grid as `side` x `side` windows, row by row, and each window row by row. Works on masks, too.
+    """A grid as `rows` x `side` windows (`rows` None: as many), row by row, and each window row by row; masks, too.
 
     Raises ValueError where the grid cannot be divided.
     """
-    if grid.shape[1] % side or grid.shape[2] % side:
+    rows = side if rows is None else rows
+    if grid.shape[1] % rows or grid.shape[2] % side:
         raise ValueError(f"windows: found a grid of {grid.shape[1]} x {grid.shape[2]} cells, "
-                         f"expected sides that {side} queries a row divide")
+                         f"expected sides that {rows} x {side} queries divide")
     pattern = "views (rows y) (columns x) ... -> views (rows columns) (y x) ..."
-    return rearrange(grid, pattern, rows=side, columns=side)
+    return rearrange(grid, pattern, rows=rows, columns=side)
 
 # %% ../../nbs/3_connect/3_sva.ipynb #97775476
 def show_windows(sides: Sequence[int], queries: int, cell: int):
@@ -104,13 +105,33 @@ def plain_attention(attention: CrossAttention, hidden: Float[Tensor, "views cell
     found = F.scaled_dot_product_attention(query, keys, values, visible.flatten(0, 1)[:, None])
     return attention.o_proj(rearrange(found, "(views cells) heads 1 dim -> views cells (heads dim)", views=len(hidden)))
 
-# %% ../../nbs/3_connect/3_sva.ipynb #d02b20a3
+# %% ../../nbs/3_connect/3_sva.ipynb #fbeb0182
 @dataclass
 class Window:
-    "One tower's tokens, cut into windows: values, which of them are visible, and the values normalised once for all."
-    values: Float[Tensor, "views cells window width"]
+    """One tower's tokens and which of them are visible.
+
+    `tokens` are windows [views, cells, window, width] or, with `side` queries a row, the grid they are cut from: then
+    no second copy of the features is held.
+    """
+    tokens: Float[Tensor, "views *place width"]
     mask: Bool[Tensor, "views cells window"]
+    side: int | None = None
     _normal: Tensor | None = None
+
+    def cut(self, part: Float[Tensor, "views *place width"]) -> Float[Tensor, "views cells window width"]:
+        "Windows of all the tokens, or of one of the `pieces`."
+        if self.side is None:
+            return part
+        return cut_windows(part, self.side, part.shape[1] * self.side // part.shape[2])
+
+    def pieces(self, step: int) -> Sequence[Float[Tensor, "views *place width"]]:
+        "The tokens of `step` cells at a time (whole rows of queries where they are still a grid)."
+        return self.tokens.split(step if self.side is None else step * self.tokens.shape[2] // self.side ** 2, dim=1)
+
+    @property
+    def values(self) -> Float[Tensor, "views cells window width"]:
+        "All windows."
+        return self.cut(self.tokens)
 
     @property
     def normal(self) -> Float[Tensor, "views cells window width"]:
@@ -158,24 +179,29 @@ class SamplerLayer(nn.Module):
         inside, outside = self.proj_in.weight.split([queries.shape[-1], context.shape[-1]], dim=1)
         return F.linear(queries, inside) + F.linear(context, outside)
 
-# %% ../../nbs/3_connect/3_sva.ipynb #1581bb62
-def folded(projection: nn.Sequential) -> tuple[Float[Tensor, "outputs inputs"], Float[Tensor, "outputs"]]:
-    "Matrix and offset that do on a normalised vector what LayerNorm's weights and the linear layer do together."
+# %% ../../nbs/3_connect/3_sva.ipynb #cc1ff7aa
+def projected(projection: nn.Sequential, normal: Float[Tensor, "views cells 1 width"]
+              ) -> Float[Tensor, "views cells heads dim"]:
+    "Keys or values of windows of one token, from what is left of their LayerNorm."
     norm, linear = projection
-    return linear.weight * norm.weight, linear.weight @ norm.bias
+    tokens = linear(normal[:, :, 0] * norm.weight + norm.bias)
+    return rearrange(tokens, "views cells (heads dim) -> views cells heads dim", heads=HEADS)
+
+
+def head_matrices(linear: nn.Linear) -> Float[Tensor, "heads dim width"]:
+    "A projection, one matrix a head."
+    return rearrange(linear.weight, "(heads dim) width -> heads dim width", heads=HEADS)
 
 
 def tower_scores(query: Float[Tensor, "views cells heads dim"], normal: Float[Tensor, "views cells window width"],
-                 matrix: Float[Tensor, "outputs inputs"], offset: Float[Tensor, "outputs"]
-                 ) -> Float[Tensor, "views cells heads window"]:
+                 projection: nn.Sequential) -> Float[Tensor, "views cells heads window"]:
     "Queries against the keys of one tower's windows. A single query a view is compared with all its windows."
-    heads = rearrange(matrix, "(heads dim) width -> heads dim width", heads=HEADS)
-    constant = (query * rearrange(offset, "(heads dim) -> heads dim", heads=HEADS)).sum(-1, keepdim=True)
     if normal.shape[2] == 1 and query.shape[1] > 1:
-        keys = rearrange(F.linear(normal[:, :, 0], matrix), "views cells (heads dim) -> views cells heads dim",
-                         heads=HEADS)
-        return (query * keys).sum(-1, keepdim=True) + constant
-    absorbed = torch.einsum("vchd,hdw->vchw", query, heads)
+        return (query * projected(projection, normal)).sum(-1, keepdim=True)
+    norm, linear = projection
+    absorbed = torch.einsum("vchd,hdw->vchw", query, head_matrices(linear))
+    constant = absorbed @ norm.bias[:, None]
+    absorbed = absorbed * norm.weight
     if query.shape[1] == 1:
         scores = normal.flatten(1, 2) @ absorbed[:, 0].mT
         split = "views (cells window) heads -> views cells heads window"
@@ -185,30 +211,27 @@ def tower_scores(query: Float[Tensor, "views cells heads dim"], normal: Float[Te
 # %% ../../nbs/3_connect/3_sva.ipynb #2b763a75
 def in_pieces(work: Callable, query: Float[Tensor, "views cells heads dim"],
               known: Sequence[Float[Tensor, "views cells heads 1"]], mask: Bool[Tensor, "views cells tokens"],
-              tokens: Sequence[Float[Tensor, "views cells window width"]], step: int) -> tuple[Tensor, ...]:
+              windows: Sequence[Window], step: int) -> tuple[Tensor, ...]:
     "`work(query, known, mask, *tokens)` for `step` cells at a time; its results are joined along the cells."
     cells = mask.shape[1]
     if step >= cells:
-        return work(query, known, mask, *tokens)
+        return work(query, known, mask, *(window.tokens for window in windows))
     count = -(-cells // step)
     queries = [query] * count if query.shape[1] == 1 else query.split(step, dim=1)
     scores = list(zip(*(part.split(step, dim=1) for part in known))) or [()] * count
-    pieces = zip(queries, scores, mask.split(step, dim=1), *(part.split(step, dim=1) for part in tokens))
+    pieces = zip(queries, scores, mask.split(step, dim=1), *(window.pieces(step) for window in windows))
     run = partial(checkpoint, work, use_reentrant=False) if torch.is_grad_enabled() else work
     return tuple(torch.cat(parts, dim=1) for parts in zip(*(run(*piece) for piece in pieces)))
 
-# %% ../../nbs/3_connect/3_sva.ipynb #f17dc4ad
+# %% ../../nbs/3_connect/3_sva.ipynb #e9874f1d
 def tower_values(shares: Float[Tensor, "views cells heads window"], normal: Float[Tensor, "views cells window width"],
-                 matrix: Float[Tensor, "outputs inputs"], offset: Float[Tensor, "outputs"]
-                 ) -> Float[Tensor, "views cells heads dim"]:
+                 projection: nn.Sequential) -> Float[Tensor, "views cells heads dim"]:
     "What one tower adds to the answer: mixed first and projected once, or the other way round for a single token."
-    split = rearrange(offset, "(heads dim) -> heads dim", heads=HEADS)
     if normal.shape[2] == 1:
-        values = F.linear(normal[:, :, 0], matrix, offset)
-        return shares * rearrange(values, "views cells (heads dim) -> views cells heads dim", heads=HEADS)
-    heads = rearrange(matrix, "(heads dim) width -> heads dim width", heads=HEADS)
-    mixed = torch.einsum("vchw,hdw->vchd", shares @ normal, heads)
-    return mixed + shares.sum(-1, keepdim=True) * split
+        return shares * projected(projection, normal)
+    norm, linear = projection
+    mixed = (shares @ normal) * norm.weight + shares.sum(-1, keepdim=True) * norm.bias
+    return torch.einsum("vchw,hdw->vchd", mixed, head_matrices(linear))
 
 
 PIECE = 2 ** 20   # numbers of windows of several tokens that are worked on at once: 4 MB stay in a processor's cache
@@ -216,10 +239,13 @@ PIECE = 2 ** 20   # numbers of windows of several tokens that are worked on at o
 
 def split_cells(windows: Sequence[Window], wide: Sequence[int]) -> int:
     "How many cells make up a piece; all of them where the windows are small, or where a compiler looks after memory."
-    views, cells = windows[0].values.shape[:2]
-    one = sum(views * windows[k].values[0, 0].numel() for k in wide)
-    limit = PIECE if windows[0].values.device.type == "cpu" else 64 * PIECE
-    return cells if torch.compiler.is_compiling() or cells * one <= 4 * limit else max(1, limit // one)
+    views, cells = windows[0].mask.shape[:2]
+    one = sum(views * windows[k].mask.shape[2] * windows[k].tokens.shape[-1] for k in wide)
+    limit = PIECE if windows[0].mask.device.type == "cpu" else 64 * PIECE
+    if torch.compiler.is_compiling() or cells * one <= 4 * limit:
+        return cells
+    row = max(windows[k].side or 1 for k in wide)             # a grid is cut into whole rows of queries
+    return row * max(1, limit // one // row)
 
 # %% ../../nbs/3_connect/3_sva.ipynb #5f5bbec7
 def fast_attention(attention: CrossAttention, hidden: Float[Tensor, "views cells width"],
@@ -229,23 +255,22 @@ def fast_attention(attention: CrossAttention, hidden: Float[Tensor, "views cells
     query = query * query.shape[-1] ** -.5
     lone, wide = ([k for k, place in enumerate(places) if (place is None) == single] for single in (True, False))
     project = [[getattr(attention, f"{name}_proj_{k}") for k in range(len(windows))] for name in "kv"]
-    keys, values = ([folded(one[k]) for k in wide] for one in project)
 
     def piece(query, known, mask, *tokens):
         "Scores of the windows of several tokens, shares of all, and what those windows answer."
-        normals = [normalised(part + places[k]) for k, part in zip(wide, tokens)]
-        scores = torch.cat([*known, *(tower_scores(query, normal, *key) for normal, key in zip(normals, keys))], dim=-1)
+        normals = [normalised(windows[k].cut(part) + places[k]) for k, part in zip(wide, tokens)]
+        scores = torch.cat([*known, *(tower_scores(query, normal, project[0][k])
+                                      for k, normal in zip(wide, normals))], dim=-1)
         parts = scores.masked_fill(~mask[:, :, None], -torch.inf).softmax(dim=-1).split(
             [1] * len(lone) + [normal.shape[2] for normal in normals], dim=-1)
-        answers = [tower_values(*both, *value) for *both, value in zip(parts[len(lone):], normals, values)]
+        answers = [tower_values(*both, project[1][k]) for *both, k in zip(parts[len(lone):], normals, wide)]
         return sum(answers, torch.zeros((), device=query.device)), *parts[:len(lone)]
 
-    known = [tower_scores(query, windows[k].normal, *folded(project[0][k])) for k in lone]
+    known = [tower_scores(query, windows[k].normal, project[0][k]) for k in lone]
     found, *shares = in_pieces(piece, query, known,
                                torch.cat([windows[k].mask for k in (*lone, *wide)], dim=2),
-                               [windows[k].values for k in wide], split_cells(windows, wide))
-    found = found + sum(tower_values(share, windows[k].normal, *folded(project[1][k]))
-                        for k, share in zip(lone, shares))
+                               [windows[k] for k in wide], split_cells(windows, wide))
+    found = found + sum(tower_values(share, windows[k].normal, project[1][k]) for k, share in zip(lone, shares))
     return attention.o_proj(rearrange(found, "views cells heads dim -> views cells (heads dim)"))
 
 # %% ../../nbs/3_connect/3_sva.ipynb #73d338fb
@@ -275,7 +300,7 @@ class TowerAttention(nn.Module):
         whole = "(views cells) heads 1 dim -> views cells (heads dim)"
         return self.o_proj(rearrange(found, whole, views=len(hidden)))
 
-# %% ../../nbs/3_connect/3_sva.ipynb #774ce9b3
+# %% ../../nbs/3_connect/3_sva.ipynb #d5282a88
 class SeparateLayer(SamplerLayer):
     "`VisionAggregationLayer` of the original: each tower answers alone, query and context weigh the answers."
     def __init__(self, query_width: int, context_width: int, windows: Sequence[int], width: int):
@@ -295,7 +320,7 @@ class SeparateLayer(SamplerLayer):
 
     def forward(self, queries: Float[Tensor, "views cells query"], context: Float[Tensor, "views 1 context"],
                 windows: Sequence[Window]) -> Float[Tensor, "views cells query"]:
-        cells = windows[0].values.shape[1]
+        cells = windows[0].mask.shape[1]
         asked = torch.cat([part.expand(-1, cells, -1) for part in (queries, self.proj_context(context))], dim=-1)
         hidden = self.proj_in(asked)
         answers = torch.stack([self.answer(k, hidden, window) for k, window in enumerate(windows)], dim=-1)
@@ -387,7 +412,7 @@ class SVAConfig:
         width, windows = self.vision_hidden_size, self.windows(self.image_token_len)
         return nn.ModuleList(VisionSampler(output_width, width, windows, width, 1) for _ in self.sampled_layers)
 
-# %% ../../nbs/3_connect/3_sva.ipynb #d04f89b6
+# %% ../../nbs/3_connect/3_sva.ipynb #baab29c3
 @dataclass
 class Sight:
     "All towers' features at one width, for one call."
@@ -397,10 +422,10 @@ class Sight:
     _windows: dict[int, list[Window]] = field(default_factory=dict)
 
     def windows(self, side: int) -> list[Window]:
-        "Every tower's windows for `side` x `side` queries; cut at the first call."
+        "Every tower's windows for `side` x `side` queries: the grids themselves, cut where they are read."
         if side not in self._windows:
             masks = open_if_empty([cut_windows(mask, side) for mask in self.masks])
-            self._windows[side] = [Window(cut_windows(grid, side), mask) for grid, mask in zip(self.grids, masks)]
+            self._windows[side] = [Window(grid, mask, side) for grid, mask in zip(self.grids, masks)]
         return self._windows[side]
 
 # %% ../../nbs/3_connect/3_sva.ipynb #03353ef9
@@ -506,7 +531,7 @@ def window_shares(layer: SamplerLayer, queries: Float[Tensor, "views cells query
     query = rearrange(query, "views cells (heads dim) -> views cells heads dim", heads=HEADS)
     places = [getattr(layer, f"pos_embed_{number}") for number in range(len(windows))]
     normals = [one.normal if place is None else normalised(one.values + place) for one, place in zip(windows, places)]
-    scores = [tower_scores(query * query.shape[-1] ** -.5, normal, *folded(getattr(attention, f"k_proj_{k}")))
+    scores = [tower_scores(query * query.shape[-1] ** -.5, normal, getattr(attention, f"k_proj_{k}"))
               .masked_fill(~one.mask[:, :, None], -torch.inf) for k, (normal, one) in enumerate(zip(normals, windows))]
     shares = torch.cat(scores, dim=-1).softmax(dim=-1).mean(dim=2)
     return list(shares.split([score.shape[-1] for score in scores], dim=-1))

@@ -2,17 +2,20 @@
 
 One layer at Cambrian-1 8B's geometry: 576 queries, windows of 1, 1, 1 and 4 x 4 tokens, width 1024, fp32, one thread.
 Both ways take turns in one process; CPU time is printed beside the clock, so that a busy machine does not decide.
-Peak memory is measured in a fresh process for each way, above what weights and features take.
+Peak memory is measured in a fresh process for each way, above what weights and features take: the tensors that are held
+at once, and the whole process (glibc keeps much of what was freed in small pieces).
 """
-import os
+import gc
+import itertools
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
-from mllm_nb.connectors.sva import VisionSampler, Window, cut_windows
+from mllm_nb.connectors.sva import VisionSampler, Window
 
 CELLS, SIDES, WIDTH = 576, (1, 1, 1, 4), 1024
 
@@ -33,7 +36,7 @@ def run(path: str, backward: bool, sampler, queries, context, grids) -> torch.Te
         layer.path = path
     side = int(CELLS ** .5)
     with torch.set_grad_enabled(backward):
-        windows = [Window(cut_windows(grid, side), torch.ones(1, CELLS, window ** 2, dtype=torch.bool))
+        windows = [Window(grid, torch.ones(1, CELLS, window ** 2, dtype=torch.bool), side)
                    for grid, window in zip(grids, SIDES)]
         found = sampler(queries, context, windows)
     if backward:
@@ -44,9 +47,17 @@ def run(path: str, backward: bool, sampler, queries, context, grids) -> torch.Te
 
 
 def peak(path: str, backward: bool) -> None:
-    "Child process: print how many MB a pass needs above what was there before."
+    "Child process: print how many MB of tensors a pass holds at most, then how many MB the whole process grows by."
     given = parts()
     torch.ones(8, 8) @ torch.ones(8, 8)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        run(path, backward, *given)
+    events = sorted((event.start_ns(), event.nbytes()) for event in watched.profiler.kineto_results.events()
+                    if event.name() == "[memory]")
+    print(max(itertools.accumulate(count for _, count in events)) / 2 ** 20)
+    for leaf in (*given[0].parameters(), *given[1:3], *given[3]):
+        leaf.grad = None
+    gc.collect()
     Path("/proc/self/clear_refs").write_text("5")   # Linux: forget the peak so far
     before = status("VmRSS")
     run(path, backward, *given)
@@ -84,17 +95,11 @@ def main(rounds: int = 7) -> None:
         print(f"{name:22}{plain * 1e3:8.0f}ms{fast * 1e3:8.0f}ms{plain / fast:8.2f}{cpu:20.2f}")
     if not Path("/proc/self/clear_refs").exists():
         return print("memory: measured on Linux alone")
-    # "in use": large blocks go back to the system at once; without that, gaps in glibc's heap count as well
-    tidy = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}
-    for kind, settings in (("in use", tidy), ("with gaps", dict(os.environ))):
-        memory(kind, settings)
-
-
-def memory(kind: str, settings: dict[str, str]) -> None:
     for backward, name in ((False, "forward"), (True, "both")):
-        needed = [float(subprocess.run([sys.executable, __file__, "peak", path, str(int(backward))], check=True,
-                                       env=settings, capture_output=True, text=True).stdout) for path in ("plain", "fast")]
-        print(f"{f'MB {kind}, {name}':22}{needed[0]:8.0f}MB{needed[1]:8.0f}MB{needed[0] / max(needed[1], 1):8.2f}")
+        needed = [subprocess.run([sys.executable, __file__, "peak", path, str(int(backward))], check=True, text=True,
+                                 capture_output=True).stdout.split() for path in ("plain", "fast")]
+        for kind, plain, fast in zip(("tensors", "process"), *([float(one) for one in way[-2:]] for way in needed)):
+            print(f"{f'MB of {kind}, {name}':22}{plain:8.0f}MB{fast:8.0f}MB{plain / max(fast, 1):8.2f}")
 
 
 if __name__ == "__main__":
