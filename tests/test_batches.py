@@ -121,6 +121,20 @@ def test_tags_must_match(bad, message):
         with pytest.raises(RecordError, match=message): use(bad)
 
 
+def test_a_conversation_that_no_template_can_write_names_its_sample():
+    asked = sample(images=0)
+    for turns, template in (((Turn("human", ""), Turn("gpt", "a dog")), TEMPLATE), (asked.turns * 2, TEMPLATES["plain"])):
+        with pytest.raises(RecordError, match="made up, id 's0', conversations: .*(empty|found 4 turns)"):
+            replace(PROCESSOR, template=template)(replace(asked, turns=turns))
+
+
+def test_a_tokenizer_without_the_template_s_marks_is_refused():
+    with pytest.raises(ValueError, match=r"tokenizer: found <\|im_start\|>, <\|im_end\|> cut into several tokens"):
+        replace(PROCESSOR, template="chatml_direct")
+    with pytest.raises(ValueError, match="no template 'nothing'"):
+        replace(PROCESSOR, template="nothing")
+
+
 def test_images_need_a_tower():
     with pytest.raises(RecordError, match="no tower"): Processor(TOKENIZER, TEMPLATE)(sample())
     assert len(Processor(TOKENIZER, TEMPLATE)(sample(images=0))) > 0

@@ -152,6 +152,8 @@ def turn(role, text): return {"from": role, "value": text}
     ({"conversations": [turn("human", "hi"), turn("human", "hi"), turn("gpt", "yes")]}, "conversations[1].from"),
     ({"conversations": [turn("human", "hi"), turn("system", "be kind"), turn("gpt", "yes")]}, "conversations[1].from"),
     ({"conversations": [turn("human", "hi"), turn("gpt", " \n")]}, "conversations[1].value"),
+    ({"conversations": [turn("human", ""), turn("gpt", "yes")]}, "conversations[0].value"),
+    ({"image": "\ud800.png"}, "image"),
     ({"conversations": [turn("human", "hi"), turn("gpt", "\ud800")]}, "conversations[1].value"),
     ({"conversations": [turn("human", "hi"), turn("gpt", "<image>")]}, "conversations[1].value"),
     ({"conversations": [turn("human", "hi")]}, "conversations"),
@@ -229,12 +231,13 @@ def test_missing_and_broken_images_are_listed(tmp_path):
         (tmp_path / f"cut.{name}").write_bytes(data[:len(data) * 2 // 3])
     (tmp_path / "empty.png").write_bytes(b""); (tmp_path / "page.png").write_text("<html>"); (tmp_path / "folder").mkdir()
     good = ["whole.png", "whole.jpg", "whole.gif", "whole.webp"]
-    bad = ["cut.png", "cut.jpg", "cut.gif", "cut.webp", "empty.png", "page.png", "folder", "nowhere.png"]
+    bad = ["cut.png", "cut.jpg", "cut.gif", "cut.webp", "empty.png", "page.png", "folder", "nowhere.png", "x" * 5000]
     records = Records(write(tmp_path / "data.jsonl", [with_image(name, i) for i, name in enumerate(good + bad)]))
     report = check_records(records)
-    assert report.skip == tuple(range(4, 12)) == check_records(records, images="decode").skip
-    assert check_records(records, images="exists").skip == (10, 11) and check_records(records, images="none").ok
-    for problem, name in zip(report.errors, bad): assert name in problem.found
+    assert report.skip == tuple(range(4, 13)) == check_records(records, images="decode").skip
+    assert check_records(records, images="exists").skip == (10, 11, 12) and check_records(records, images="none").ok
+    for problem, name in zip(report.errors, bad): assert name[:40] in problem.found
+    assert "too long" in str(report.errors[-1]) and len(str(report.errors[-1])) < 500
     with pytest.raises(RecordError, match=r"data.jsonl record 11, line 12, id 'r11', image: .*nowhere.png"): records[11].open_images()
     with pytest.raises(ValueError, match="images='deep'"): check_records(records, images="deep")
 

@@ -8,7 +8,7 @@ __all__ = ['TOO_LONG', 'INTEGER_FIELDS', 'show_rows', 'pack_plain', 'RoomTree', 
            'measure', 'UnsupervisedError', 'Batch', 'join_sizes', 'collate', 'BatchSettings', 'GlobalBatch',
            'plan_epoch', 'show_plan', 'Batches']
 
-# %% ../../nbs/5_data/3_batches.ipynb #8108b47e
+# %% ../../nbs/5_data/3_batches.ipynb #4e03c6a6
 import json, zlib
 from bisect import bisect_left
 from collections import deque
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .records import RecordError, Sample, upright_size
 from ..images import Preprocess, anyres_grid, preprocess
-from ..language.chat import (IGNORE, IMAGE, IMAGE_TOKEN_ID, Encoded, Template, Turn, encode_chat,
+from ..language.chat import (IGNORE, IMAGE, IMAGE_TOKEN_ID, Encoded, Template, Turn, check_template, encode_chat,
                                    place_images_first)
 from ..plots import GREY, PALE, ROLE_COLORS, SERIES, canvas, styled
 from ..vision.towers import TEXT, image_layout
@@ -207,7 +207,7 @@ def turns_that_fit(turns: Sequence[Turn], length: Callable[[int], int], max_leng
 # %% ../../nbs/5_data/3_batches.ipynb #96377b45
 TOO_LONG = ("error", "skip", "truncate", "cut")
 
-# %% ../../nbs/5_data/3_batches.ipynb #0b588413
+# %% ../../nbs/5_data/3_batches.ipynb #6a841617
 @dataclass(frozen=True)
 class Processor:
     """Turns a `Sample` into an `Example`: template and tokenizer for the words, one view per tower for the images.
@@ -228,6 +228,7 @@ class Processor:
 
     def __post_init__(self):
         expect(self.too_long in TOO_LONG, f"found too_long={self.too_long!r}, expected one of {TOO_LONG}")
+        check_marks(self.tokenizer, self.template)
         expect(len({p.aspect == "anyres" for p in self.preprocess}) < 2,
                "found towers with and without 'anyres', expected as many views for every tower")
 
@@ -246,8 +247,7 @@ class Processor:
     def encode(self, sample: Sample, places: Sequence[Place], answer_pending: bool = False) -> tuple[Encoded, int]:
         "Token ids and labels, one IMAGE_TOKEN_ID per image, and how many turns they hold. TooLong if none fits."
         turns = place_images_first(sample.turns, self.template) if self.images_first else sample.turns
-        def encode(count: int) -> Encoded:
-            return encode_chat(turns[:count], self.template, self.tokenizer, answer_pending=answer_pending)
+        def encode(count: int) -> Encoded: return written(sample, turns[:count], self, answer_pending)
         def length(count: int) -> int: return expanded_length(encode(count).input_ids, places)
         whole = encode(len(turns))
         found = expanded_length(whole.input_ids, places)
@@ -267,6 +267,19 @@ class Processor:
 
     def __call__(self, sample: Sample, answer_pending: bool = False) -> Example:
         return process(self, sample, answer_pending)
+
+# %% ../../nbs/5_data/3_batches.ipynb #e329123b
+def check_marks(tokenizer: Any, template: str | Template) -> None:
+    "ValueError if the tokenizer cuts a mark of the template, such as <|im_end|>, into several tokens."
+    cut = [] if tokenizer is None else check_template(template, tokenizer)
+    expect(not cut, f"tokenizer: found {', '.join(cut)} cut into several tokens, expected one token for each: the "
+           "template marks turns with them; add them to the tokenizer, or choose another template")
+
+
+def written(sample: Sample, turns: Sequence[Turn], processor: Processor, answer_pending: bool) -> Encoded:
+    "These turns of the sample as tokens. RecordError with the sample's name where the template cannot write them."
+    try: return encode_chat(turns, processor.template, processor.tokenizer, answer_pending=answer_pending)
+    except ValueError as error: raise RecordError(f"{sample.name}, conversations: {error}") from error
 
 # %% ../../nbs/5_data/3_batches.ipynb #79a652db
 def check_images(sample: Sample, processor: Processor) -> None:
@@ -632,13 +645,17 @@ class Batches:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         "Go on exactly where that state was saved. ValueError, naming what differs, if the plan is another one."
-        then = state["fingerprint"]
-        differs = [f"{name}: found {now}, expected {then.get(name)}"
-                   for name, now in fingerprint(self.sizes, self.settings).items() if now != then.get(name)]
-        expect(not differs, "cannot resume, the batches would be others: " + "; ".join(differs))
-        times = self.settings.accumulation / state.get("accumulation", 1)   # a step may now be cut into other batches
-        expect(float(state["batch"] * times).is_integer(), f"cannot resume inside a step: found batch {state['batch']}")
-        self.epoch, self.batch = int(state["epoch"]), int(state["batch"] * times)
+        self.epoch, self.batch = saved_place(state, fingerprint(self.sizes, self.settings), self.settings.accumulation)
+
+# %% ../../nbs/5_data/3_batches.ipynb #c7362f2d
+def saved_place(state: dict[str, Any], plan: dict[str, Any], accumulation: int) -> tuple[int, int]:
+    "(epoch, batch) of a saved state. ValueError, naming what differs, if its plan was another one."
+    then = state["fingerprint"]
+    differs = [f"{name}: found {now}, expected {then.get(name)}" for name, now in plan.items() if now != then.get(name)]
+    expect(not differs, "cannot resume, the batches would be others: " + "; ".join(differs))
+    times = accumulation / state.get("accumulation", 1)             # a step may now be cut into other batches
+    expect(float(state["batch"] * times).is_integer(), f"cannot resume inside a step: found batch {state['batch']}")
+    return int(state["epoch"]), int(state["batch"] * times)
 
 # %% ../../nbs/5_data/3_batches.ipynb #0bed6675
 def check_sizes(sizes: Sizes, dataset: Sequence, settings: BatchSettings) -> None:

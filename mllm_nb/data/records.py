@@ -224,7 +224,7 @@ def role_of(turn: object) -> str | None:
     name = turn.get("from") if isinstance(turn, dict) else None
     return ROLES.get(name) if isinstance(name, str) else None
 
-# %% ../../nbs/5_data/2_records.ipynb #26d2576f
+# %% ../../nbs/5_data/2_records.ipynb #9d464b0a
 def check_turn(turn: object, field: str) -> Iterator[Finding]:
     "Findings inside one turn: its two keys, its role, its text."
     if not isinstance(turn, dict):
@@ -237,6 +237,7 @@ def check_turn(turn: object, field: str) -> Iterator[Finding]:
         yield Finding(f"{field}.value", "half of a surrogate pair (\\ud800 to \\udfff)", "text that UTF-8 can hold")
     if role == "gpt" and not text.strip():
         yield Finding(f"{field}.value", shorten(text), "an answer that is not empty")
+    if role == "human" and not text: yield Finding(f"{field}.value", "''", "a question that is not empty")
     if role in ("gpt", "system") and IMAGE in text:
         yield Finding(f"{field}.value", f"{IMAGE} in a turn of {role}", f"{IMAGE} only in a human turn")
 
@@ -283,11 +284,12 @@ def check_fields(record: dict) -> Iterator[Finding]:
     if tags != len(names):
         yield Finding("image", f"{tags} {IMAGE} tags for {len(names)} images", f"one {IMAGE} tag for each image")
 
-# %% ../../nbs/5_data/2_records.ipynb #fe27cd36
+# %% ../../nbs/5_data/2_records.ipynb #f494ca2f
 def image_path(name: str, folder: Path, follow_links: bool = False) -> Path | Finding:
     "The file that `name` means inside `folder`, or what is wrong with the name. It need not exist."
     if "://" in name or name.startswith("data:"): return Finding("image", shorten(name), "a path in the image folder")
     if "\0" in name: return Finding("image", shorten(name), "a path without zero bytes")
+    if SURROGATE.search(name): return Finding("image", shorten(name), "a path that UTF-8 can hold")
     resolve = os.path.abspath if follow_links else os.path.realpath
     root, target = resolve(folder), resolve(os.path.join(folder, name))
     if target != root and not target.startswith(os.path.join(root, "")):
@@ -346,7 +348,7 @@ class Records:
         turns = tuple(Turn(role_of(turn), turn["value"]) for turn in record["conversations"])
         return Sample(str(record.get("id", i)), self.image_paths(record), turns, self.where(i))
 
-# %% ../../nbs/5_data/2_records.ipynb #54f773ea
+# %% ../../nbs/5_data/2_records.ipynb #06db1c49
 @dataclass(frozen=True)
 class Problem:
     "A finding with its place: which file, which record (None: the file as a whole), which id."
@@ -360,7 +362,7 @@ class Problem:
     severity: str = "error"
 
     def __str__(self) -> str:
-        identity = f", id {self.id!r}" if self.id is not None else ""
+        identity = f", id {shorten(self.id)}" if self.id is not None else ""
         return f"{self.where}{identity}, {self.field}: found {self.found}, expected {self.expected}"
 
 # %% ../../nbs/5_data/2_records.ipynb #64b19936
@@ -416,7 +418,9 @@ def check_image(path: Path, depth: str) -> str | None:
 
     'exists' looks it up; 'open' reads header and ending, and decodes where they leave doubt; 'decode' reads all.
     """
-    if not path.is_file(): return "not a file" if path.exists() else "no such file"
+    try:
+        if not path.is_file(): return "not a file" if path.exists() else "no such file"
+    except (OSError, ValueError) as error: return f"cannot be looked up ({getattr(error, 'strerror', None) or error})"
     try:
         if depth == "decode" or (depth == "open" and in_doubt(path)): open_image(path)
     except ImageError as error: return str(error)
@@ -476,14 +480,14 @@ def repeated_id(record: dict, i: int, first_use: dict[str, int]) -> list[Finding
     earlier = first_use.setdefault(str(record["id"]), i)
     return [] if earlier == i else [Finding("id", f"the id of record {earlier} again", "an id of its own", "warning")]
 
-# %% ../../nbs/5_data/2_records.ipynb #b4f2da16
+# %% ../../nbs/5_data/2_records.ipynb #93219ef8
 def image_findings(record: dict, records: Records, depth: str, state: dict[Path, str | None]) -> list[Finding]:
     "What is wrong with the record's image files; `state` remembers what each file was found to be."
     findings, expected = [], f"a readable image in {records.image_folder}"
     for name, path in zip(image_names(record) or (), records.image_paths(record)):
         if isinstance(path, Finding): continue                    # already found
         if path not in state: state[path] = check_image(path, depth)
-        if state[path]: findings.append(Finding("image", f"{name!r}: {state[path]}", expected))
+        if state[path]: findings.append(Finding("image", f"{shorten(name)}: {state[path]}", expected))
     return findings
 
 # %% ../../nbs/5_data/2_records.ipynb #6edce7c5
