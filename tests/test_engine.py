@@ -387,6 +387,20 @@ def test_steps_record_failures_retry_them_when_asked_and_stop_when_all_fails(tmp
     assert not (tmp_path / "other.jsonl").exists()
 
 
+def test_stopping_keeps_what_was_under_way(tmp_path):
+    def work(facts):
+        if facts["n"] == 3: raise KeyboardInterrupt
+        time.sleep(.05)
+        return {"made": facts["n"]}
+    with pytest.raises(KeyboardInterrupt):
+        run_step(tmp_path / "s.jsonl", [Item(str(i), {"n": i}) for i in range(50)], work, workers=4)
+    journal = Journal(tmp_path / "journal" / "s.jsonl")
+    assert {"0", "1", "2"} <= set(journal.spans) and "3" not in journal and len(journal.spans) < 20
+    journal.close()
+    work_on = lambda facts: {"made": facts["n"]}  # noqa: E731
+    assert run_step(tmp_path / "s.jsonl", [Item(str(i), {"n": i}) for i in range(50)], work_on) == {"ok": 50}
+
+
 @pytest.mark.parametrize("workers", [1, 4])
 def test_other_errors_are_not_swallowed(tmp_path, workers):
     def work(facts): raise KeyError("a bug")

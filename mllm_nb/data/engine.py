@@ -509,7 +509,7 @@ def run_step(path: Path, items: Iterable[Item], work: Callable[[dict], dict], *,
             order[item.key] = None
             if item.key not in journal or (retry and journal[item.key]["status"] == "failed"): yield item
     try:
-        for item, result in worked(due(), partial(attempt, work), workers):
+        for item, result in worked(due(), partial(attempt, work), workers, journal):
             journal.add(item.key, result)
             row = row + 1 if result["status"] == "failed" else 0
             if row >= patience:
@@ -523,8 +523,12 @@ def attempt(work: Callable[[dict], dict], facts: dict) -> dict:
     try: return {"status": "ok", **work(facts)}
     except (EngineError, ImageError) as error: return {"status": "failed", "reason": str(error)}
 
-def worked(items: Iterable[Item], work: Callable[[dict], dict], workers: int) -> Iterator[tuple[Item, dict]]:
-    "Items with their results, each as soon as it is there; items are only taken as they can be worked on."
+def worked(items: Iterable[Item], work: Callable[[dict], dict], workers: int, journal: Journal
+           ) -> Iterator[tuple[Item, dict]]:
+    """Items with their results, each as soon as it is there; items are only taken as they can be worked on.
+
+    Whoever stops early finds what was still under way in the journal.
+    """
     if workers <= 1:
         yield from ((item, work(item.facts)) for item in items)
         return
@@ -534,7 +538,10 @@ def worked(items: Iterable[Item], work: Callable[[dict], dict], workers: int) ->
             if item is not None: running[pool.submit(work, item.facts)] = item
             while running and (item is None or len(running) >= workers):
                 for done in wait(running, return_when=FIRST_COMPLETED).done: yield running.pop(done), done.result()
-    finally: pool.shutdown(cancel_futures=True)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        for late in (one for one in running if not one.cancelled() and one.exception() is None):
+            journal.add(running[late].key, late.result())
 
 # %% ../../nbs/5_data/5_engine.ipynb #6e786b05
 def compiled(journal: Journal, order: Iterable[str], path: Path) -> Counter:
