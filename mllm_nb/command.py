@@ -323,7 +323,7 @@ def run_chat(arguments: argparse.Namespace) -> int:
         print()
     return 0
 
-# %% ../nbs/appendix/command.ipynb #d2c774c2
+# %% ../nbs/appendix/command.ipynb #1af90fb6
 def train_arguments(parser: argparse.ArgumentParser) -> None:
     "Options of `mllm train`."
     parser.add_argument("--model", metavar="DIR", help="the model to train")
@@ -344,7 +344,7 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--optimizer", choices=("adamw", "adamw_8bit", "muon"), help="instead of AdamW")
     parser.add_argument("--plan", metavar="FILE", help="how many devices share the work, written by mllm plan --out")
     parser.add_argument("--dry-run", action="store_true",
-                        help="build the recipe's model without memory, check data, print plan and commands; train nothing")
+                        help="build the model without memory, check data, print plan and commands; train nothing")
     parser.add_argument("--skip-bad", action="store_true",
                         help="leave out exactly the bad records listed, instead of stopping")
     parser.add_argument("--base", metavar="DIR",
@@ -352,7 +352,7 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vision-tower", metavar="DIR",
                         help="the encoder's folder, where the model's files do not hold it")
 
-
+# %% ../nbs/appendix/command.ipynb #a2699bf5
 def plan_arguments(parser: argparse.ArgumentParser) -> None:
     "Options of `mllm plan`."
     parser.add_argument("recipe", metavar="RECIPE", help="a published recipe, also with its stage: cambrian-8b-stage2")

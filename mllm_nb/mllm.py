@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FAMILY_OF', 'MOST_SCORES', 'splice', 'language_family', 'MLLMConfig', 'next_labels', 'static_loss', 'supervised_loss',
            'build_language', 'segment_positions', 'Output', 'in_dtype_of', 'Parts', 'MLLM', 'WeightsError', 'Weights',
-           'weight_files', 'read_json', 'read_weights', 'no_memory', 'published_names', 'shared_names', 'misfits',
-           'fit_weights', 'write_weights', 'whole', 'save_pretrained', 'from_pretrained']
+           'naming', 'weight_files', 'read_json', 'read_weights', 'no_memory', 'published_names', 'shared_names',
+           'misfits', 'fit_weights', 'write_weights', 'whole', 'save_pretrained', 'from_pretrained']
 
 # %% ../nbs/3_connect/5_mllm.ipynb #7a1a4309
 import json
@@ -31,7 +31,7 @@ from .connectors.sva import Sight, SVAConfig, looking
 from .language.chat import IGNORE
 from .language.decoder import Decoder, DecoderConfig, TransformersDecoder, attention_mask
 from .language.generate import generate
-from .vision.towers import NEWLINE, TEXT, Features, Tower, TowerConfig
+from .vision.towers import NEWLINE, TEXT, Features, Tower, TowerConfig, shard_names
 from .vision.vit import ViT, published_name
 
 # %% ../nbs/3_connect/5_mllm.ipynb #6d41ea05
@@ -345,7 +345,7 @@ class MLLM(Parts):
         with self.reading(input_ids, pixels, image_index, image_sizes) as embeddings:
             return generate(self.language, embeddings=embeddings, mask=mask, **settings)
 
-# %% ../nbs/3_connect/5_mllm.ipynb #1951bacb
+# %% ../nbs/3_connect/5_mllm.ipynb #85b0ea36
 class WeightsError(ValueError):
     "Weights that cannot be read or do not fit; the message names file, keys, what was found and what is expected."
 
@@ -357,16 +357,28 @@ class Weights:
     files: Mapping[str, str]
     folder: str = ""
 
-# %% ../nbs/3_connect/5_mllm.ipynb #3260f880
+
+@contextmanager
+def naming(file: str | Path):
+    "Whatever is wrong inside with what a file says becomes one WeightsError that names the file."
+    try:
+        yield
+    except WeightsError:
+        raise
+    except Exception as error:   # settings of the wrong kind fail anywhere: here, in PyTorch, in transformers
+        reason = f"found no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise WeightsError(f"{file}: {'' if str(file) in reason else 'cannot be used: '}{reason}") from error
+
+# %% ../nbs/3_connect/5_mllm.ipynb #8e679571
 def weight_files(folder: str | Path) -> list[Path]:
     "The safetensors files of a model folder: those its index lists, or the single one. Raises WeightsError."
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing or not names:
-            raise WeightsError(f"{index}: found no file {', '.join(missing) or 'listed'}, expected all shards there")
+        with naming(index):
+            names = shard_names(index)
+        if missing := [name for name in names if not (folder / name).is_file()]:
+            raise WeightsError(f"{index}: found no file {', '.join(missing)}, expected all shards there")
         return [folder / name for name in names]
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
@@ -374,12 +386,12 @@ def weight_files(folder: str | Path) -> list[Path]:
     hint = f" The pickle {pickles[0]} is not opened, as a pickle can run any code: convert it first." if pickles else ""
     raise WeightsError(f"{folder}: found no model.safetensors and no model.safetensors.index.json.{hint}")
 
-# %% ../nbs/3_connect/5_mllm.ipynb #081e59ab
+# %% ../nbs/3_connect/5_mllm.ipynb #daae3ecf
 def read_json(path: str | Path) -> dict[str, Any]:
     "A JSON object from a file. Raises WeightsError that names the file."
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"{path}: cannot be read as JSON ({error})") from None
     if not isinstance(value, dict):
         raise WeightsError(f"{path}: found a JSON {type(value).__name__}, expected an object")
@@ -442,21 +454,21 @@ def shared_names(model: nn.Module) -> dict[str, list[str]]:
         groups.setdefault(id(parameter), []).append(name)
     return {name: names for names in groups.values() for name in names}
 
-# %% ../nbs/3_connect/5_mllm.ipynb #3eb2863f
+# %% ../nbs/3_connect/5_mllm.ipynb #e65b555b
 def misfits(model: MLLM, weights: Weights, optional: Sequence[str] = ()) -> list[str]:
     "One line per key that is missing, left over or of another shape. `optional`: prefixes that may be absent."
-    expected = {published: (name, tuple(tensor.shape)) for (name, published), tensor in
-                zip(published_names(model).items(), model.state_dict().values())}
-    shared, names = shared_names(model), published_names(model)
-    lines = []
-    for key, (name, shape) in expected.items():
-        twins = [names[twin] for twin in shared.get(name, [name])]
+    shared, names, state = shared_names(model), published_names(model), model.state_dict()
+    lines, expected = [], {key: name for name, key in names.items()}
+    for key, name in expected.items():
+        twins, found = [names[twin] for twin in shared.get(name, [name])], weights.tensors.get(key)
         if not any(twin in weights.tensors for twin in twins) and not key.startswith(tuple(optional)):
-            lines.append(f"missing: {key}, expected {list(shape)}")
-        elif key in weights.tensors and tuple(weights.tensors[key].shape) != shape:
-            found = list(weights.tensors[key].shape)
-            lines.append(f"{weights.files[key]}: {key}: found {found}, expected {list(shape)}")
-    for key in weights.tensors.keys() - expected.keys():
+            lines.append(f"missing: {key}, expected {list(state[name].shape)}")
+        elif found is not None and found.shape != state[name].shape:
+            lines.append(f"{weights.files[key]}: {key}: found {list(found.shape)}, expected {list(state[name].shape)}")
+        elif found is not None and found.is_floating_point() != state[name].is_floating_point():
+            lines.append(f"{weights.files[key]}: {key}: found {found.dtype}, expected numbers like {state[name].dtype}")
+    tied = {"lm_head.weight"} if getattr(model.language, "lm_head", "") is None else set()   # the table itself, again
+    for key in weights.tensors.keys() - expected.keys() - tied:
         lines.append(f"{weights.files[key]}: left over: {key} {list(weights.tensors[key].shape)}")
     return sorted(lines)
 
@@ -543,7 +555,7 @@ def save_pretrained(model: MLLM, folder: str | Path, tokenizer: Any = None, shar
     if tokenizer is not None:
         (tokenizer.save if hasattr(tokenizer, "save") else tokenizer.save_pretrained)(folder)
 
-# %% ../nbs/3_connect/5_mllm.ipynb #64125d97
+# %% ../nbs/3_connect/5_mllm.ipynb #19e1869f
 def from_pretrained(folder: str | Path, *, language: str | None = None, dtype: torch.dtype | None = None) -> MLLM:
     """The model of a folder written by `save_pretrained`. `language` 'decoder' or 'transformers' overrides what it was;
     `dtype` None keeps what is stored. Published checkpoints: `papers.llava.load_llava`."""
@@ -551,7 +563,7 @@ def from_pretrained(folder: str | Path, *, language: str | None = None, dtype: t
     if "mllm_nb" not in settings:
         raise WeightsError(f"{folder}/config.json: found no entry mllm_nb, so this is no folder of save_pretrained; "
                            "load a published checkpoint with mllm_nb.papers.llava.load_llava")
-    with no_memory():
+    with naming(Path(folder) / "config.json"), no_memory():
         model = MLLM(MLLMConfig.from_dict(settings, language=language))
     return fit_weights(model, read_weights(*weight_files(folder)), dtype).eval()
 

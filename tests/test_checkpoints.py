@@ -82,7 +82,7 @@ def test_a_newer_format_is_refused_and_not_passed_over(tmp_path):
     save_checkpoint(tmp_path, 1, TENSORS, STATE)
     path = save_checkpoint(tmp_path, 2, TENSORS, STATE) / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
-    with pytest.raises(CheckpointError, match="format 99 was written by a newer mllm_nb, expected at most 1"):
+    with pytest.raises(CheckpointError, match="format 99 was written by a newer mllm_nb, expected at most 2"):
         load_checkpoint(tmp_path)
 
 

@@ -14,7 +14,7 @@ from conftest import ROOT
 LIBRARY = ROOT / "mllm_nb"
 # each part may import the parts before it, and the ones at the bottom serve all
 ORDER = ["device", "images", "vision", "language", "connectors", "drawing", "mllm", "data", "training", "evaluation",
-         "serving", "papers", "parity", "parity_cambrian", "parity_lvm", "tour", "command"]
+         "serving", "papers", "parity", "parity_cambrian", "parity_lvm", "tour", "planner", "command"]
 BOTTOM = {"plots", "widgets", "exercises", "device", "samples"}
 MODULES = sorted(path for path in LIBRARY.rglob("*.py") if path.name not in ("_modidx.py", "__init__.py"))
 NAMES = [path.relative_to(LIBRARY).as_posix() for path in MODULES]

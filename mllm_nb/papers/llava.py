@@ -11,8 +11,9 @@ __all__ = ['TOWERS', 'CLIP_336', 'CLIP_224', 'VICUNA_7B', 'VICUNA_13B', 'MISTRAL
            'load_llava', 'load_own', 'convert_pickle', 'convert_folder', 'refuse_export', 'vision_fields',
            'text_fields', 'grown', 'transformers_tensors', 'chat_template', 'image_fields', 'export_tokenizer',
            'export_transformers', 'transformers_fields', 'processor_for', 'tokenizer_folder', 'Chat', 'answer_pieces',
-           'good_records', 'chosen_stage', 'stage_config', 'batches_of', 'copy_tokenizer', 'save_trained',
-           'train_on_records', 'convert_model', 'train_miniature', 'run_claims', 'mean_interval', 'verdicts']
+           'good_records', 'chosen_stage', 'stage_config', 'stage_plan', 'batches_of', 'copy_tokenizer', 'save_trained',
+           'save_plan', 'train_on_records', 'convert_model', 'train_miniature', 'run_claims', 'mean_interval',
+           'verdicts']
 
 # %% ../../nbs/9_papers/1_llava.ipynb #31acc436
 import ast
@@ -44,9 +45,10 @@ from ..mllm import (MLLM, MLLMConfig, Weights, WeightsError, fit_weights, langua
 from ..evaluation.world import HeldOut, right_answers
 from ..training.lora import (LoRASettings, add_adapters, adapter_base, local_folder, lora_stage, overlay,
                                    read_adapter, read_whole, safe_file, save_adapter, trainable_names)
-from ..training.loop import plan_for, train
+from ..training.loop import TrainingConfig, accumulation, plan_for, train
 from ..training.miniatures import ALIGN, TUNE, Trained, assemble_miniature, teach
-from ..training.recipes import RECIPES, Stage, find_recipe, training_config
+from ..training.parallel import Plan, PlanError, Single, gather_trained, set_dtypes, team_of
+from ..training.recipes import RECIPES, Stage, recipe_and_stage, training_config
 from ..vision.towers import Tower, TowerConfig
 from ..vision.vit import ViTConfig, load_transformers_state, transformers_state
 
@@ -640,16 +642,17 @@ def good_records(file: str | Path, images: str | Path | None, skip_bad: bool) ->
         print("left out: " + ", ".join(records.where(i) for i in report.skip))
     return records, report.skip
 
-# %% ../../nbs/9_papers/1_llava.ipynb #ae955210
+# %% ../../nbs/9_papers/1_llava.ipynb #692c3377
 def chosen_stage(arguments: Any) -> tuple[Stage, LoRASettings | None]:
     "The recipe's stage, with adapters where the recipe or `--lora`, `--rank`, `--quantize` ask for them."
-    if arguments.recipe not in RECIPES:
+    name = arguments.recipe.removesuffix("-stage1").removesuffix("-stage2")
+    if name not in RECIPES:
         raise ValueError(f"--recipe: found {arguments.recipe}, expected one of {', '.join(RECIPES)}")
-    recipe = find_recipe(arguments.recipe)
-    if arguments.stage not in {stage.name for stage in recipe.stages}:
+    recipe = RECIPES[name]
+    if name == arguments.recipe and arguments.stage not in {stage.name for stage in recipe.stages}:
         raise ValueError(f"--stage: found {arguments.stage}, expected one of "
                          f"{', '.join(stage.name for stage in recipe.stages)}")
-    stage = recipe.stage(arguments.stage)
+    _, stage = recipe_and_stage(arguments.recipe, arguments.stage)
     asked = arguments.lora or arguments.rank or arguments.quantize
     stage = lora_stage(stage) if asked else stage
     if stage.lora is None:
@@ -657,7 +660,7 @@ def chosen_stage(arguments: Any) -> tuple[Stage, LoRASettings | None]:
     changes = {"rank": arguments.rank, "alpha": 2.0 * arguments.rank} if arguments.rank else {}
     return stage, replace(LoRASettings.of_stage(stage, quantization=arguments.quantize), **changes)
 
-# %% ../../nbs/9_papers/1_llava.ipynb #f6e9bafd
+# %% ../../nbs/9_papers/1_llava.ipynb #7a2e09f8
 def stage_config(arguments: Any, stage: Stage):
     "TrainingConfig of a stage with what the command line replaces."
     rows = arguments.per_device or min(stage.per_device_batch, arguments.batch or stage.global_batch)
@@ -666,17 +669,32 @@ def stage_config(arguments: Any, stage: Stage):
                            **{name: value for name, value in changes.items() if value is not None}, save_every=100)
 
 
-def batches_of(records: Records, skip: Sequence[int], processor: Processor, rows: int, stage: Stage) -> Batches:
-    "Batches of a stage; prints what is left out."
-    settings = BatchSettings(processor.max_length, rows, packing=False,
+def stage_plan(arguments: Any, batch: int) -> Plan | None:
+    "The plan of `--plan`. Raises PlanError, naming the file, for another batch or for what adapters cannot do."
+    if not arguments.plan:
+        return None
+    plan = Plan.load(arguments.plan)
+    if plan.global_batch != batch:
+        raise PlanError(f"{arguments.plan}: found a plan for a global batch of {plan.global_batch}, expected {batch}; "
+                        f"say --batch {plan.global_batch} or make another plan (mllm plan)")
+    if arguments.quantize and plan.sharding in ("fsdp", "tp"):
+        raise PlanError(f"{arguments.plan}: found sharding {plan.sharding} with --quantize, expected none or ddp")
+    return plan
+
+# %% ../../nbs/9_papers/1_llava.ipynb #14201b3e
+def batches_of(records: Records, skip: Sequence[int], processor: Processor, config: TrainingConfig, stage: Stage,
+               team: Single) -> Batches:
+    "This process's batches of a stage; the first one prints what is left out."
+    settings = BatchSettings(processor.max_length, config.micro_batch, packing=False, rank=team.rank,
+                             world_size=team.size, accumulation=accumulation(config),
                              buckets=tuple(size for size in (256, 512, 1024) if size < processor.max_length),
                              group_by_modality=stage.group_by_modality)
     batches = Batches(records, processor, settings, skip=skip)
-    for line in batches.left_out:
+    for line in batches.left_out if team.leads else ():
         print(line)
     return batches
 
-# %% ../../nbs/9_papers/1_llava.ipynb #ba56bbfc
+# %% ../../nbs/9_papers/1_llava.ipynb #fd86f7bc
 def copy_tokenizer(source: str | Path, target: str | Path) -> None:
     "The files of a tokenizer, as they are."
     for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -685,27 +703,42 @@ def copy_tokenizer(source: str | Path, target: str | Path) -> None:
             shutil.copyfile(Path(source) / name, Path(target) / name)
 
 
-def save_trained(model: MLLM, arguments: Any, adapters: LoRASettings | None) -> Path:
-    "The whole model in OUT/model, or the adapter in OUT/adapter; the tokenizer's files beside it."
+def save_trained(model: MLLM, arguments: Any, adapters: LoRASettings | None, writes: bool = True) -> Path:
+    """The whole model in OUT/model, or the adapter in OUT/adapter; the tokenizer's files beside it.
+
+    Of a model on many devices all processes call this and one `writes`."""
     base = Path(arguments.base or arguments.model)
     target = Path(arguments.out) / ("model" if adapters is None else "adapter")
     if adapters is None:
-        model.save_pretrained(target)
+        model.save_pretrained(target, writes=writes)
     else:
+        gather_trained(model, writes)
+    if not writes:
+        return target
+    if adapters is not None:
         save_adapter(model, target, base, weights=read_base(base))
     copy_tokenizer(base, target)
     print(target)
     return target
 
-# %% ../../nbs/9_papers/1_llava.ipynb #0a5e7dd5
+# %% ../../nbs/9_papers/1_llava.ipynb #0ccdba96
+def save_plan(plan: Plan, folder: Path, writes: bool) -> None:
+    "The plan beside its run."
+    if writes:
+        folder.mkdir(parents=True, exist_ok=True)
+        plan.save(folder / "plan.json")
+
+# %% ../../nbs/9_papers/1_llava.ipynb #9c847d26
 def train_on_records(arguments: Any) -> int:
-    "The work of `mllm train`."
+    "The work of `mllm train`; with a plan, the work of one of its processes."
     stage, adapters = chosen_stage(arguments)
     if adapters and (Path(arguments.model) / "adapter_config.json").is_file():
         raise ValueError(f"{arguments.model}: holds an adapter already; make a whole model of it first: "
                          f"mllm merge {arguments.model} --out DIR")
+    plan = stage_plan(arguments, arguments.batch or stage.global_batch)
+    team = team_of(plan) if plan else Single()
     records, skip = good_records(arguments.data, arguments.images, arguments.skip_bad)
-    config = stage_config(arguments, stage)
+    config = plan.config(stage_config(arguments, stage)) if plan else stage_config(arguments, stage)
     # what learns is kept in fp32; weights that stay may be as short as what they are computed in
     dtype = plan_for(config).dtype if adapters else torch.float32
     model = load_llava(arguments.model, base=arguments.base, vision_tower=arguments.vision_tower, dtype=dtype)
@@ -714,8 +747,13 @@ def train_on_records(arguments: Any) -> int:
     if adapters:
         torch.manual_seed(config.seed)
         add_adapters(model, adapters)
-    train(model, batches_of(records, skip, processor, config.micro_batch, stage), config, arguments.out)
-    save_trained(model, arguments, adapters)
+    if plan:
+        set_dtypes(model, config.groups, plan.precision)
+        save_plan(plan, Path(arguments.out), team.leads)
+    train(model, batches_of(records, skip, processor, config, stage, team), config, arguments.out,
+          plan=plan and plan.device_plan(), team=team)
+    save_trained(model, arguments, adapters, team.leads)
+    team.leave()
     return 0
 
 # %% ../../nbs/9_papers/1_llava.ipynb #271f469c

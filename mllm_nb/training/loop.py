@@ -8,8 +8,8 @@ __all__ = ['SCHEDULES', 'ALONE', 'NORM_OR_BIAS', 'NORMS', 'Schedule', 'learning_
            'ParameterGroup', 'prepared', 'undecayed', 'TrainingConfig', 'check_config', 'accumulation', 'run_schedule',
            'parameter_groups', 'build_adamw', 'set_learning_rate', 'MuonAndAdamW', 'build_optimizer', 'DataOrder',
            'record_names', 'place', 'LossError', 'check_facts', 'Run', 'train_step', 'update', 'log_row', 'plan_for',
-           'precision_name', 'count_steps', 'start_run', 'save_run', 'restore_run', 'read_metrics', 'MetricsLog',
-           'Interrupted', 'stop_signals', 'progress_bar', 'show_progress', 'History', 'train']
+           'precision_name', 'count_steps', 'start_run', 'save_run', 'restore_run', 'restore_dice', 'read_metrics',
+           'MetricsLog', 'Interrupted', 'stop_signals', 'progress_bar', 'show_progress', 'History', 'train']
 
 # %% ../../nbs/6_train/1_loop.ipynb #8b26f35a
 import json
@@ -124,6 +124,8 @@ class Alone:
     def all_facts(self, facts: Tensor) -> Tensor: return facts               # every process's losses and counts
     def all_names(self, names: list[str]) -> list[str]: return names
     def anybody(self, wish: bool) -> bool: return wish
+    def crew(self) -> checkpoints.Crew: return checkpoints.ALONE             # who writes checkpoints
+    def leave(self) -> None: return                                          # at the end of the program
     def norm(self, gradients: Sequence[Tensor]) -> Tensor: return torch.nn.utils.get_total_norm(gradients)
 
 
@@ -148,13 +150,13 @@ def accumulate(model, batches: Sequence, loss_function: Callable, autocast: Call
         metrics.append(getattr(output, "metrics", None) or {})
     return torch.stack(facts), metrics
 
-
+# %% ../../nbs/6_train/1_loop.ipynb #5598f112
 def own_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     "The gradients there are; of one that several processes share, this process's part."
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     return [gradient.to_local() if hasattr(gradient, "to_local") else gradient for gradient in gradients]
 
-
+# %% ../../nbs/6_train/1_loop.ipynb #a560c43a
 @torch.no_grad()
 def divide_by_tokens(parameters: Sequence[nn.Parameter], facts: Tensor, processes: int = 1) -> None:
     "Turn the sum of `accumulate` into the gradient of the mean over all tokens of the global batch."
@@ -185,8 +187,9 @@ class ParameterGroup:
     def matches(self, name: str) -> bool:
         return any(fnmatchcase(name, part.strip()) for part in self.pattern.split("|"))
 
-# %% ../../nbs/6_train/1_loop.ipynb #a507f1b8
+# %% ../../nbs/6_train/1_loop.ipynb #fafd19a1
 def group_of(name: str, groups: Sequence[ParameterGroup]) -> ParameterGroup:
+    "The first group that a parameter's name matches; one without settings if none does."
     return next((group for group in groups if group.matches(name)), ParameterGroup("*"))
 
 
@@ -273,15 +276,17 @@ class TrainingConfig:
     seed: int = 0
     save: bool = True                      # False: write no checkpoints (small experiments)
     save_every: int = 0                    # steps between checkpoints; 0: only the last one
+    background: bool = False               # write them beside the training, from a copy in the host's memory
     keep: int = 2                          # newest checkpoints to keep
     best_metric: str = ""                  # besides keep the best by this field of the metrics: "accuracy", "-loss"
     log_every: int = 1
     resume: bool = True                    # go on from the folder's newest whole checkpoint
     progress: bool = True
 
-# %% ../../nbs/6_train/1_loop.ipynb #519b95fa
+# %% ../../nbs/6_train/1_loop.ipynb #e11fe36b
 # what may change between a run and its continuation without changing a number that it computes
-FREE_FIELDS = ("save", "save_every", "keep", "best_metric", "log_every", "resume", "progress", "device")
+FREE_FIELDS = ("save", "save_every", "background", "keep", "best_metric", "log_every", "resume", "progress", "device",
+               "micro_batch", "world_size")   # who does which part of a batch changes the rounding alone
 
 
 def _at_least(config: TrainingConfig, name: str, least: float) -> None:
@@ -397,7 +402,7 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Ada
                             adjust_lr_fn="match_rms_adamw")
     return MuonAndAdamW(muon, build_adamw(others, config))
 
-# %% ../../nbs/6_train/1_loop.ipynb #751edee5
+# %% ../../nbs/6_train/1_loop.ipynb #63ed9ae8
 class DataOrder:
     "Micro-batches one after the other, epoch after epoch, from a place that can be written down and returned to."
 
@@ -429,14 +434,15 @@ class DataOrder:
         length = len(self.batches) if own is None and hasattr(self.batches, "__len__") else None
         return {"epoch": self.epoch, "position": self.position, "batches": own, "length": length}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.epoch, self.position = state["epoch"], state["position"]
+    def load_state_dict(self, state: Mapping[str, Any], times: float = 1) -> None:
+        "`times`: micro-batches of a step now for each one when the state was saved, where other devices share it."
+        self.epoch, self.position = state["epoch"], round(state["position"] * times)
         if state["batches"] is not None:
             self.batches.load_state_dict(state["batches"])
             self.iterator = iter(self.batches)
         elif isinstance(self.batches, Sequence):
-            if len(self.batches) != state["length"]:
-                raise DataError(f"found {len(self.batches)} batches, expected the {state['length']} that the run "
+            if len(self.batches) != (expected := round(state["length"] * times)):
+                raise DataError(f"found {len(self.batches)} batches, expected the {expected} that the run "
                                 "began with")
             self.iterator = islice(iter(self.batches), self.position, None)
         else:
@@ -500,6 +506,8 @@ class Run:
     parameters: list[nn.Parameter] = field(default_factory=list)
     team: Alone = ALONE
     called: Any = None   # what is called for a batch: the model, or what the team has put around it
+    frozen: dict[str, int] = field(default_factory=dict)   # fingerprints of what does not learn
+    saver: checkpoints.Saver = field(default_factory=checkpoints.Saver)
 
     def autocast(self):
         enabled = self.plan.dtype != torch.float32
@@ -586,6 +594,7 @@ def count_steps(batches, config: TrainingConfig) -> int:
 
 def start_run(model: nn.Module, batches, config: TrainingConfig, plan: DevicePlan, team: Alone = ALONE) -> Run:
     "Seed everything and make optimizer, scaler and schedule for a model that is `prepared`."
+    frozen = checkpoints.frozen_prints(model)   # now, while every tensor is whole
     called, seed = team.join(model, plan.device), config.seed + team.rank
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
@@ -595,39 +604,54 @@ def start_run(model: nn.Module, batches, config: TrainingConfig, plan: DevicePla
     scaler = torch.amp.GradScaler(plan.device.split(":")[0], enabled=plan.scaler)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return Run(model, config, plan, order, build_optimizer(model, config), scaler,
-               run_schedule(config, total), total, parameters=parameters, team=team, called=called)
+               run_schedule(config, total), total, parameters=parameters, team=team, called=called,
+               frozen=frozen, saver=checkpoints.Saver(team.crew(), config.background))
 
-# %% ../../nbs/6_train/1_loop.ipynb #41beafa2
+# %% ../../nbs/6_train/1_loop.ipynb #ff89fdbb
 def save_run(run: Run, folder: Path, row: Mapping[str, Any], log: "MetricsLog") -> int:
     "Write a checkpoint of a run at a step border; returns the step."
     log.sync()
-    generators, numbers = checkpoints.random_state()
+    run.saver.wait()   # the crew has one channel
+    everyone = run.saver.crew.everybody(checkpoints.random_state())   # each process throws its own dice
+    generators = {f"{name}@{number}" if number else name: value for number, (tensors, _) in enumerate(everyone)
+                  for name, value in tensors.items()}
     state = {"config": asdict(run.config), "total_steps": run.total_steps, "precision": precision_name(run.plan),
              "order": run.order.state_dict(), "seconds": run.seconds, "scaler": run.scaler.state_dict(),
-             "random": numbers, "frozen": checkpoints.frozen_prints(run.model)}
+             "random": [numbers for _, numbers in everyone], "frozen": run.frozen}
     tensors = {"model": checkpoints.model_tensors(run.model),
                "optimizer": checkpoints.optimizer_tensors(run.optimizer, run.model), "random": generators}
     metric = run.config.best_metric
     score = None if not metric else -row[metric[1:]] if metric.startswith("-") else row[metric]
-    checkpoints.save_checkpoint(folder, run.step, tensors, state, run.config.keep, score)
+    run.saver.save(folder, run.step, tensors, state, run.config.keep, score)
     return run.step
 
-# %% ../../nbs/6_train/1_loop.ipynb #f243adec
+# %% ../../nbs/6_train/1_loop.ipynb #c93ec4e3
 def restore_run(run: Run, checkpoint: checkpoints.Checkpoint) -> None:
     "Put a started run back to where a checkpoint was written; refuses one that was made with other settings."
     state, where = checkpoint.state, str(checkpoint.path)
     now = json.loads(json.dumps(asdict(run.config)))
     if lines := checkpoints.differences(state["config"], now, FREE_FIELDS):
         raise checkpoints.CheckpointError(f"{where} was written with other settings: " + "; ".join(lines))
-    checkpoints.check_frozen(run.model, state["frozen"], where)
-    checkpoints.restore_model(run.model, checkpoint.tensors("model"), where)
-    checkpoints.restore_optimizer(run.optimizer, run.model, checkpoint.tensors("optimizer"))
+    checkpoints.check_frozen(run.frozen, state["frozen"], where)
+    checkpoints.restore_parts(run.model, run.optimizer, checkpoint)
     run.scaler.load_state_dict(state["scaler"])
-    run.order.load_state_dict(state["order"])
+    then = replace(run.config, **{name: state["config"][name] for name in ("micro_batch", "world_size")})
+    run.order.load_state_dict(state["order"], accumulation(run.config) / accumulation(then))
     run.step, run.seconds = checkpoint.step, state["seconds"]
     run.total_steps = state["total_steps"]   # packed epochs may differ by a batch: what was planned first counts
     run.schedule = run_schedule(run.config, run.total_steps)
-    checkpoints.restore_random_state(checkpoint.tensors("random"), state["random"])
+    restore_dice(checkpoint, run.saver.crew.number)
+
+# %% ../../nbs/6_train/1_loop.ipynb #41a84d96
+def restore_dice(checkpoint: checkpoints.Checkpoint, number: int) -> None:
+    "The random state of process `number`; one that was not there when it was written goes on from its own seed."
+    numbers = checkpoint.state["random"]
+    numbers = numbers if isinstance(numbers, list) else [numbers]   # format 1 had one process
+    if number < len(numbers):
+        ending = f"@{number}" if number else ""
+        tensors = {name.removesuffix(ending): value for name, value in checkpoint.tensors("random").items()
+                   if ("@" in name) == bool(ending) and name.endswith(ending)}
+        checkpoints.restore_random_state(tensors, numbers[number])
 
 # %% ../../nbs/6_train/1_loop.ipynb #3b155df4
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -731,8 +755,22 @@ class History:
         from mllm_nb.plots import learning_curves
         return learning_curves({self.folder.name: self.rows}, keys)
 
-# %% ../../nbs/6_train/1_loop.ipynb #7ba4b2ea
-def _find_checkpoint(folder: Path, config: TrainingConfig) -> checkpoints.Checkpoint | None:
+# %% ../../nbs/6_train/1_loop.ipynb #96d87cba
+def _find_checkpoint(folder: Path, config: TrainingConfig, crew: checkpoints.Crew) -> checkpoints.Checkpoint | None:
+    "One process looks, checks and tells the others."
+    found, error = None, None
+    if crew.leads:
+        try:
+            found = _look_for_checkpoint(folder, config)
+        except checkpoints.CheckpointError as reason:
+            error = str(reason)
+    path, error = crew.everybody((found and found.path, error))[0]
+    if error:
+        raise checkpoints.CheckpointError(error)
+    return found or path and checkpoints.open_checkpoint(path, verify=False)
+
+# %% ../../nbs/6_train/1_loop.ipynb #876db3e9
+def _look_for_checkpoint(folder: Path, config: TrainingConfig) -> checkpoints.Checkpoint | None:
     if config.resume:
         return checkpoints.load_checkpoint(folder)
     if checkpoints.checkpoint_folders(folder):
@@ -740,7 +778,7 @@ def _find_checkpoint(folder: Path, config: TrainingConfig) -> checkpoints.Checkp
                                           "remove the folder or choose another one")
     return None
 
-
+# %% ../../nbs/6_train/1_loop.ipynb #80c63aa9
 def _loop(run: Run, folder: Path, log: MetricsLog, loss_function, on_step, wish) -> None:
     "Step, log, save, until the end or until somebody wishes to stop."
     saved_at, row, config, stop = run.step, {}, run.config, False
@@ -758,9 +796,12 @@ def _loop(run: Run, folder: Path, log: MetricsLog, loss_function, on_step, wish)
                 log.write(row)
             show_progress(bar, row)
             if config.save and config.save_every and run.step % config.save_every == 0:
-                saved_at = save_run(run, folder, row, log)
-    if config.save and run.step > saved_at:
-        saved_at = save_run(run, folder, row, log)
+                with run.team.watch(run.step):
+                    saved_at = save_run(run, folder, row, log)
+    with run.team.watch(run.step):
+        if config.save and run.step > saved_at:
+            saved_at = save_run(run, folder, row, log)
+        run.saver.wait()
     if stop and run.step < run.total_steps:
         told = f"the same call goes on from {folder}" if saved_at else "TrainingConfig.save is False: nothing was saved"
         raise Interrupted(f"stopped after step {run.step} of {run.total_steps}; {told}")
@@ -781,7 +822,7 @@ def train(
     check_config(config)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint = _find_checkpoint(folder / "checkpoints", config)
+    checkpoint = _find_checkpoint(folder / "checkpoints", config, team.crew())
     plan = plan or plan_for(config, checkpoint and checkpoint.state)
     with prepared(model, config.groups), stop_signals() as wish:
         run = start_run(model, batches, config, plan, team)

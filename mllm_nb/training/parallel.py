@@ -6,11 +6,11 @@
 __all__ = ['WAYS', 'SHARDINGS', 'KINDS', 'HARDWARE', 'BETWEEN_HOSTS', 'ROOM', 'SCRIPTS', 'show_ways', 'free_port', 'in_processes',
            'show_messages', 'PlanError', 'Plan', 'check_plan', 'read_plan', 'share_batch', 'together', 'own', 'copies',
            'shared_norm', 'has_views', 'blank_view', 'even_batches', 'repeated_parts', 'shard', 'recompute',
-           'tensor_plan', 'split_layers', 'LostProcess', 'join_group', 'check_equal', 'join_model', 'Single', 'Team',
-           'team_of', 'Sizes', 'language_sizes', 'kept_bytes', 'Load', 'layer_bytes', 'view_bytes', 'tower_bytes',
-           'sizes_of', 'cut_parameters', 'Memory', 'memory_of', 'state_bytes', 'show_memory', 'Hardware',
-           'read_devices', 'step_flops', 'step_seconds', 'Estimate', 'Task', 'possible_plans', 'best_plan',
-           'nearest_plan', 'launch_line', 'slurm_script', 'tpu_script', 'launch']
+           'tensor_plan', 'split_layers', 'LostProcess', 'join_group', 'check_equal', 'join_model', 'TeamCrew',
+           'Single', 'Team', 'team_of', 'Sizes', 'language_sizes', 'kept_bytes', 'Load', 'layer_bytes', 'view_bytes',
+           'tower_bytes', 'sizes_of', 'cut_parameters', 'Memory', 'memory_of', 'state_bytes', 'show_memory',
+           'set_dtypes', 'Hardware', 'read_devices', 'step_flops', 'step_seconds', 'Estimate', 'Task', 'possible_plans',
+           'best_plan', 'nearest_plan', 'launch_line', 'slurm_script', 'tpu_script', 'gather_trained', 'launch']
 
 # %% ../../nbs/6_train/4_parallel.ipynb #2472e4c6
 import json
@@ -38,8 +38,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ..connectors.sva import sampled
 from ..device import DevicePlan
+from ..mllm import whole
 from . import loop
-from .checkpoints import write_json
+from .checkpoints import Crew, write_json
 from .loop import Alone, TrainingConfig
 from .recipes import Stage, split_batch
 from ..vision.towers import Features
@@ -434,24 +435,34 @@ def join_model(model: nn.Module, device: str, plan: Plan) -> nn.Module:
         return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=True,
                                                    init_sync=False, gradient_as_bucket_view=True)
 
-# %% ../../nbs/6_train/4_parallel.ipynb #6dc403cc
+# %% ../../nbs/6_train/4_parallel.ipynb #c27a383c
+class TeamCrew(Crew):
+    "The processes of a team as writers of checkpoints, with a channel of their own."
+    def __init__(self, group):
+        self.group, self.number = group, dist.get_rank()
+
+    def everybody(self, value: Any) -> list[Any]:
+        answers: list = [None] * dist.get_world_size()
+        dist.all_gather_object(answers, value, group=self.group)
+        return answers
+
+# %% ../../nbs/6_train/4_parallel.ipynb #d34a217e
 class Single(Alone):
-    "One device with a plan: it may recompute."
-    def __init__(self, plan: Plan):
-        self.plan = plan
+    "One device; with a plan it may recompute."
+    def __init__(self, plan: Plan | None = None):
+        self.plan = plan or Plan()
 
     def join(self, model: nn.Module, device: str) -> nn.Module:
         recompute(model, self.plan.recompute)
         return super().join(model, device)
 
-    def leave(self) -> None:
-        "Nobody is left."
-
-# %% ../../nbs/6_train/4_parallel.ipynb #ed4b3356
+# %% ../../nbs/6_train/4_parallel.ipynb #cffe5ce4
 class Team(Single):
     "The processes of a plan: what the loop asks, they answer together (see `loop.Alone`)."
     def __init__(self, plan: Plan):
         self.plan, self.number = plan, join_group(plan)
+        # checkpoints may be written beside the training, so they get a channel of their own
+        self.writers = TeamCrew(dist.new_group(backend="gloo", timeout=timedelta(seconds=plan.timeout)))
         self.size = plan.data_parallel
         self.rank = self.number if self.size > 1 else 0
         self.leads = self.number == 0
@@ -487,9 +498,10 @@ class Team(Single):
         return torch.cat(everyone) if self.size > 1 else facts
 
     def all_names(self, names: list[str]) -> list[str]:
-        everyone: list = [None] * self.plan.world_size
-        dist.all_gather_object(everyone, names)
-        return [f"process {rank}: {name}" for rank, part in enumerate(everyone[:self.size]) for name in part]
+        everyone = TeamCrew(None).everybody(names)[:self.size]
+        return [f"process {rank}: {name}" for rank, part in enumerate(everyone) for name in part]
+
+    def crew(self) -> Crew: return self.writers
 
     def anybody(self, wish: bool) -> bool:
         return bool(together(torch.tensor(int(wish)), dist.ReduceOp.MAX))
@@ -502,7 +514,7 @@ class Team(Single):
         if dist.is_initialized():
             dist.destroy_process_group()
 
-
+# %% ../../nbs/6_train/4_parallel.ipynb #08016d86
 def team_of(plan: Plan) -> Single:
     "The team of a plan."
     return Team(plan) if plan.world_size > 1 else Single(plan)
@@ -745,6 +757,18 @@ def show_memory(memories: Mapping[str, Memory], limit: float | None = None) -> "
     axis.legend(loc="upper right", fontsize=8)
     return figure
 
+# %% ../../nbs/6_train/4_parallel.ipynb #4037b84e
+@torch.no_grad()
+def set_dtypes(model: nn.Module, groups: Sequence, precision: str) -> nn.Module:
+    "As the table assumes: what learns is kept in fp32, what is frozen in the plan's precision."
+    frozen_type = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    for name, parameter in model.named_parameters():
+        frozen = loop.group_of(name, groups).frozen
+        frozen = not parameter.requires_grad if frozen is None else frozen
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(frozen_type if frozen else torch.float32)
+    return model
+
 # %% ../../nbs/6_train/4_parallel.ipynb #bf4276d3
 @dataclass(frozen=True)
 class Hardware:
@@ -891,7 +915,7 @@ def possible_plans(task: Task, hardware: Hardware, devices: int, hosts: int = 1,
                 found.append(Plan(task.global_batch, world_size=devices, **fields))
     return list(dict.fromkeys(found))
 
-# %% ../../nbs/6_train/4_parallel.ipynb #96655ff3
+# %% ../../nbs/6_train/4_parallel.ipynb #28141cd8
 def best_plan(task: Task, hardware: Hardware, devices: int, hosts: int = 1, utilization: float = 0.4,
               runtime: int | None = None, **fixed: Any) -> Estimate:
     """The fastest plan that fits. Raises PlanError, with the numbers and the nearest plan that fits, if none does.
@@ -901,15 +925,15 @@ def best_plan(task: Task, hardware: Hardware, devices: int, hosts: int = 1, util
     every = [task.estimate(plan, hardware, utilization, runtime)
              for plan in possible_plans(task, hardware, devices, hosts, **fixed)]
     fitting = [estimate for estimate in every if estimate.fits]
-    if fitting:
-        return min(fitting, key=lambda estimate: (estimate.seconds, -estimate.plan.micro_batch))
+    if fitting:   # the host's memory is the last resort
+        return min(fitting, key=lambda one: (one.plan.offload, one.seconds, -one.plan.micro_batch))
     least = min(every, key=lambda estimate: estimate.memory.peak)
     limit = ROOM * hardware.gigabytes
     raise PlanError(f"no plan for {devices} x {hardware.name} fits: the smallest needs "
                     f"{least.memory.peak / 1e9:.1f} GB of {limit:.1f} GB ({least.plan})\n{least.memory}\n"
                     + nearest_plan(task, hardware, devices, fixed, utilization))
 
-# %% ../../nbs/6_train/4_parallel.ipynb #9715c21c
+# %% ../../nbs/6_train/4_parallel.ipynb #28144413
 def nearest_plan(task: Task, hardware: Hardware, devices: int, fixed: Mapping[str, Any], utilization: float) -> str:
     "In words: what would fit, with other settings, more devices or larger ones."
     tries = [(hardware, devices, {})] if fixed else []
@@ -920,7 +944,7 @@ def nearest_plan(task: Task, hardware: Hardware, devices: int, fixed: Mapping[st
         fitting = [estimate for plan in possible_plans(task, other, count, **settings)
                    if (estimate := task.estimate(plan, other, utilization)).fits]
         if fitting:
-            best = min(fitting, key=lambda estimate: estimate.seconds)
+            best = min(fitting, key=lambda one: (one.plan.offload, one.seconds))
             return (f"the nearest that fits: {count} x {other.name}, {best.memory.peak / 1e9:.1f} GB of "
                     f"{ROOM * other.gigabytes:.1f} GB ({best.plan})")
     return "no number of known devices up to 4,096 fits: train adapters (LoRA) or a smaller model"
@@ -936,7 +960,7 @@ def launch_line(plan: Plan, arguments: str, file: str = "plan.json") -> str:
     meet = f"--nnodes {plan.hosts} --rdzv_backend c10d --rdzv_endpoint HOST:29500 " if plan.hosts > 1 else ""
     return f"torchrun {meet}--nproc_per_node {each} -m mllm_nb.command {own}"
 
-# %% ../../nbs/6_train/4_parallel.ipynb #0a53f736
+# %% ../../nbs/6_train/4_parallel.ipynb #275cc4d7
 def slurm_script(plan: Plan, arguments: str, hours: float = 24, file: str = "plan.json") -> str:
     "A job for Slurm: one torchrun a host; hosts meet at the first one; a killed job goes on from its last checkpoint."
     each, clock = plan.world_size // plan.hosts, f"{math.ceil(hours):02d}:00:00"
@@ -949,7 +973,7 @@ def slurm_script(plan: Plan, arguments: str, hours: float = 24, file: str = "pla
 #SBATCH --time={clock}
 #SBATCH --signal=TERM@300
 #SBATCH --requeue
-# five minutes before the end every process is asked to stop: it finishes its step, saves, and the job goes on later
+# five minutes before the end every process is asked to stop: it finishes its step and saves; submit again to go on
 set -euo pipefail
 export OMP_NUM_THREADS=8
 export MASTER=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -971,6 +995,15 @@ gcloud compute tpus tpu-vm ssh "$NAME" --zone "$ZONE" --worker=all --command '
 
 
 SCRIPTS = {"slurm": slurm_script, "tpu": tpu_script}
+
+# %% ../../nbs/6_train/4_parallel.ipynb #463b824b
+def gather_trained(model: nn.Module, keep: bool) -> None:
+    "Put shards of adapters, and of all that is no language model, together (all must call; who does not `keep` drops)."
+    for prefix, module in model.named_modules():
+        for name, value in list(module.named_parameters(recurse=False)):
+            if hasattr(value, "full_tensor") and ("lora_" in prefix or not prefix.startswith("language")):
+                full = whole(value.detach(), keep)
+                module.register_parameter(name, None if full is None else nn.Parameter(full, value.requires_grad))
 
 # %% ../../nbs/6_train/4_parallel.ipynb #ac57f4ab
 def launch(function: Callable, plan: Plan, *arguments: Any) -> None:
