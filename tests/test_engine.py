@@ -87,7 +87,7 @@ def test_scripts_menus_and_hidden_words_are_left_out():
 def test_figures_take_captions_sections_and_skip_icons():
     page = clean_page("""<p>first</p><img src=a.png alt="a plain picture"><h2>Two</h2><p>second</p>
         <figure><img src="b.png" alt="alt"><figcaption>The <i>caption</i></figcaption></figure>
-        <figure><img src="c.png" alt="only alt"></figure><img src="icon.png" width="16"><img alt="no address">
+        <figure><img src="c.png" alt="only alt"></figure><img src="icon.png" width="16"><img alt="no address"><img src="f" class="mwe-math-fallback">
         <figure><img src="d.png"><figcaption>never closed<h2>Three</h2><p>third""")
     assert [(f.address, f.caption, page.sections[f.section][0]) for f in page.figures] == [
         ("a.png", "a plain picture", ""), ("b.png", "The caption", "Two"), ("c.png", "only alt", "Two"),
@@ -528,6 +528,16 @@ def test_steps_one_by_one_and_new_settings(tmp_path, whole):
     Engine(tmp_path, SavedPages(PAGES)).run()
     assert outputs(tmp_path) == whole[2]
     with pytest.raises(EngineError, match="until"): Engine(tmp_path, SavedPages(PAGES)).run(until="everything")
+
+
+def test_pictures_of_which_nothing_is_known_are_not_even_fetched(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_bytes(png())
+    text = "A lens is a thing of glass that many people use. " * 20
+    (tmp_path / "in" / "a.html").write_text(f"<p>{text}<img src=a.png><figure><img src=a.png><figcaption>Lens</figure><img src=a.png alt='a small lens'>")
+    (tmp_path / "in" / "pages.json").write_text('[{"file": "a.html", "title": "lens"}]')
+    counts = Engine(tmp_path / "run", SavedPages(tmp_path / "in"), settings=EngineSettings(fields=("lens",))).run()
+    assert counts["pictures"] == {"ok": 1, "failed": 2} and counts["records"]["ok"] == 1
 
 
 def test_one_process_at_a_time(tmp_path):

@@ -114,13 +114,12 @@ def tidy(text: str) -> str:
     unseen = {ord(c): "" if kind == "Cf" else " " for c, kind in kinds.items() if kind.startswith("C")}
     return " ".join(text.translate(unseen).split())
 
-# %% ../../nbs/5_data/5_engine.ipynb #7f3e99f3
+# %% ../../nbs/5_data/5_engine.ipynb #542d3267
 class Cleaner:
     "Reads pieces and collects title, sections and figures."
     def __init__(self):
-        self.titles, self.sections = dict[str, str](), [("", list[str]())]
-        self.figures, self.words = list[Figure](), list[str]()  # words: of the block that is being read
-        self.block, self.skipping, self.depth = "", "", 0
+        self.titles, self.sections, self.figures = dict[str, str](), [("", list[str]())], list[Figure]()
+        self.words, self.block, self.skipping, self.depth = list[str](), "", "", 0     # words: of the present block
         self.image, self.in_figure = None, False                # address and caption of the figure that is being read
 
     def read(self, piece: Piece) -> None:
@@ -152,7 +151,8 @@ class Cleaner:
 
     def picture(self, found: Mapping[str, str]) -> None:
         width = found.get("width", "")
-        if not found.get("src", "").strip() or (width.isdigit() and int(width[:6]) < 64): return     # an icon
+        icon = width.isdigit() and int(width[:6]) < 64 or "mwe-math" in found.get("class", "")     # or a formula
+        if icon or not found.get("src", "").strip(): return
         picture = {"address": found["src"].strip(), "caption": tidy(found.get("alt", ""))[:1000]}
         if self.in_figure: self.image = self.image or picture
         else: self.keep(picture)
@@ -865,7 +865,7 @@ def picture_data(path: str) -> str:
     image.save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
-# %% ../../nbs/5_data/5_engine.ipynb #36857f16
+# %% ../../nbs/5_data/5_engine.ipynb #805230f7
 @dataclass(frozen=True)
 class EngineSettings:
     "How much to make."
@@ -876,6 +876,7 @@ class EngineSettings:
     questions: int = 3                       # about each picture
     words: int = 50                          # a page with fewer says too little
     smallest: int = 64                       # pixels of the shorter side; smaller ones are icons
+    caption: int = 2                         # words of a caption; without one nothing is known about the picture
     grounded: float = 0.5                    # share of an answer's words that stand in caption or text
 
 # %% ../../nbs/5_data/5_engine.ipynb #898d9c82
@@ -935,7 +936,7 @@ def page_items(engine: "Engine") -> Iterator[Item]:
             facts = link | {"topic": line["topic"], "field": line["field"]}
             yield Item(key_of("pages", engine.source.name, link["address"], engine.settings.words), facts)
 
-# %% ../../nbs/5_data/5_engine.ipynb #60d36668
+# %% ../../nbs/5_data/5_engine.ipynb #9a2da9b0
 def picture_items(engine: "Engine") -> Iterator[Item]:
     "The first pictures of each page, with the text of their section, or of the page where that is short."
     for page in read_lines(engine.path("pages")):
@@ -946,7 +947,8 @@ def picture_items(engine: "Engine") -> Iterator[Item]:
             facts = about | {"picture": figure["address"], "caption": figure["caption"], "page": page["address"],
                              "page_licence": page["licence"],
                              "text": (near if len(near.split()) >= 50 else whole)[:4000]}
-            yield Item(key_of("pictures", engine.source.name, facts, engine.settings.smallest), facts)
+            limits = [engine.settings.smallest, engine.settings.caption]
+            yield Item(key_of("pictures", engine.source.name, facts, limits), facts)
 
 def question_items(engine: "Engine") -> Iterator[Item]:
     "Each picture once, by its pixels, however many pages show it."
@@ -973,7 +975,7 @@ def find_links(engine: "Engine", facts: dict) -> dict:
     if not found: raise EngineError(f"topic {facts['topic']!r}: no page found")
     return facts | {"links": [link._asdict() for link in found]}
 
-# %% ../../nbs/5_data/5_engine.ipynb #1883af8b
+# %% ../../nbs/5_data/5_engine.ipynb #63459c25
 def read_page(engine: "Engine", facts: dict) -> dict:
     "A page, fetched, decoded and cleaned."
     fetched = engine.source.page(facts["address"])
@@ -986,6 +988,8 @@ def read_page(engine: "Engine", facts: dict) -> dict:
 
 def take_picture(engine: "Engine", facts: dict) -> dict:
     "A picture, fetched, opened and kept."
+    if (words := len(facts["caption"].split())) < engine.settings.caption:
+        raise EngineError(f"{shorten(facts['picture'])}: {words} words of caption, at least {engine.settings.caption}")
     picture = engine.source.picture(facts["picture"], facts["page"])
     return facts | save_picture(picture, engine.folder / "images", engine.settings.smallest)
 
