@@ -416,3 +416,19 @@ def test_wrapped_models_train_under_autocast():
 def test_models_that_cannot_be_wrapped():
     with pytest.raises(ValueError, match="config.final_logit_softcapping: found 30.0, expected none"):
         TransformersDecoder(theirs("gemma2", head_dim=16, num_key_value_heads=2))
+
+
+def test_sizes_are_whole_numbers_and_all_there():
+    for name, value in (("vocab_size", "x"), ("hidden_size", 1.5), ("num_hidden_layers", 10**9), ("head_dim", []), ("num_key_value_heads", -1)):
+        if value:
+            with pytest.raises(ValueError, match=f"DecoderConfig.{name}: found .*, expected a whole number"):
+                DecoderConfig(**{**dict(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2), name: value})
+    with pytest.raises(ValueError, match="config.json: found no vocab_size, expected"):
+        DecoderConfig.from_transformers({"model_type": "llama"} | {name: value for name, value in COMMON.items() if name != "vocab_size"})
+
+
+def test_gemma_may_have_a_head_of_its_own():
+    untied = DecoderConfig.from_transformers(COMMON | {"model_type": "gemma", "tie_word_embeddings": False})
+    assert not untied.tie_word_embeddings and Decoder(untied).lm_head is not None
+    assert DecoderConfig.from_transformers({name: value for name, value in COMMON.items() if name != "tie_word_embeddings"}
+                                           | {"model_type": "gemma"}).tie_word_embeddings

@@ -7,7 +7,7 @@ import torch
 from conftest import ROOT
 from mllm_nb.images import Preprocess, anyres_grid
 from mllm_nb.vision.towers import (Features, Tower, TowerConfig, image_layout, interpolate_grid, interpolate_tokens,
-                                   merge_stages, padding_mask)
+                                   merge_stages, padding_mask, read_safetensors)
 from mllm_nb.vision.vit import ViT, ViTConfig, load_transformers_state
 from safetensors.torch import load_file, save_file
 
@@ -244,3 +244,35 @@ def test_layouts_that_cannot_be_are_refused():
         image_layout("spatial", (10, 10), (2, 2), (2, 1), extra=1)
     with pytest.raises(ValueError, match="'flat', 'spatial'"):
         image_layout("columns", (10, 10), (2, 2))
+
+
+@pytest.mark.parametrize("content, reason", [
+    ({"weight_map": {"a": "../other/model.safetensors"}}, "expected a .safetensors file beside the index"),
+    ({"weight_map": {"a": "/other/model.safetensors"}}, "expected a .safetensors file beside the index"),
+    ({"weight_map": {"a": "config.json"}}, "expected a .safetensors file beside the index"),
+    ({"weight_map": {"a": "x" * 5000 + ".safetensors"}}, "expected a .safetensors file beside the index"),
+    ({"weight_map": [1]}, "expected a file's name"), ({"weight_map": {"a": 5}}, "expected a file's name"),
+    ({}, "found None"), ([], "found a JSON list"), ("[" * 100_000, "not JSON")])
+def test_an_index_lists_files_beside_it_and_nothing_else(tmp_path, content, reason):
+    from mllm_nb.mllm import WeightsError, weight_files
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/model.safetensors").write_bytes(b"")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    text = content if isinstance(content, str) else json.dumps(content)
+    (folder / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match=reason) as caught:
+        read_safetensors(folder)
+    assert "model.safetensors.index.json" in str(caught.value) and len(str(caught.value)) < 600
+    with pytest.raises(WeightsError, match="model.safetensors.index.json"):
+        weight_files(folder)
+
+
+@pytest.mark.parametrize("field, value", [("vit", None), ("vit", "x"), ("preprocess", []), ("token_count", "x"), ("model_type", [])])
+def test_settings_of_the_wrong_kind_name_their_file(tmp_path, field, value):
+    tower = Tower(TowerConfig(vit=ViTConfig(image_size=8, patch_size=4, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8), preprocess=Preprocess(size=8)))
+    tower.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**settings, field: value}))
+    with pytest.raises(ValueError, match="config.json: "):
+        Tower.from_pretrained(tmp_path)

@@ -10,11 +10,12 @@ __all__ = ['PLAIN_UP_TO', 'ATTENTION_PATHS', 'Rope', 'ACTIVATIONS', 'FAMILIES', 
            'sequence_positions', 'scale_of', 'Decoder', 'new_cache', 'parameters_by_part', 'transformers_keys',
            'load_transformers_state', 'TransformersCache', 'TransformersDecoder', 'transformers_masks']
 
-# %% ../../nbs/2_read/3_decoder.ipynb #5e22414b
+# %% ../../nbs/2_read/3_decoder.ipynb #9f4636ff
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -194,7 +195,19 @@ def rotate(heads: Float[Tensor, "batch heads sequence dim"], rope: Rope) -> Floa
     turned = first * cos - second * sin, second * cos + first * sin   # fp32 tables make fp32 products
     return torch.cat([half.to(heads.dtype) for half in turned], dim=-1)
 
-# %% ../../nbs/2_read/3_decoder.ipynb #4f3d0d3c
+# %% ../../nbs/2_read/3_decoder.ipynb #c4ccf8bc
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+
+def check_sizes(config: "DecoderConfig", names: Iterable[str]) -> None:
+    "ValueError that names the first of these fields which is no whole number, or none that a model can have."
+    for name in names:
+        value, least = getattr(config, name), 0 if name == "num_hidden_layers" else 1
+        most = 10_000 if name == "num_hidden_layers" else 2**31
+        if not isinstance(value, Integral) or isinstance(value, bool) or not least <= value <= most:
+            raise ValueError(f"DecoderConfig.{name}: found {value!r}, expected a whole number from {least} to {most}")
+
+# %% ../../nbs/2_read/3_decoder.ipynb #6ae3841e
 @dataclass(frozen=True)
 class DecoderConfig:
     """Settings of one decoder, under the field names of Hugging Face's `config.json`.
@@ -225,10 +238,12 @@ class DecoderConfig:
     num_experts_per_tok: int = 2
 
     def __post_init__(self):
+        check_sizes(self, SIZES)
         filled = {"num_key_value_heads": self.num_key_value_heads or self.num_attention_heads,
                   "head_dim": self.head_dim or self.hidden_size // self.num_attention_heads}
         for name, value in filled.items():
             object.__setattr__(self, name, value)   # a frozen dataclass fills its own defaults
+        check_sizes(self, filled)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(f"DecoderConfig.num_key_value_heads: found {self.num_key_value_heads}, expected a "
                              f"divisor of num_attention_heads = {self.num_attention_heads}")
@@ -538,7 +553,7 @@ FAMILIES = {   # what a model_type means beyond its config.json
     "gemma": {"norm_offset": 1.0, "embedding_scale": True, "tie_word_embeddings": True},
 }
 
-# %% ../../nbs/2_read/3_decoder.ipynb #58635a91
+# %% ../../nbs/2_read/3_decoder.ipynb #64b08f82
 def read_transformers_config(settings: Mapping[str, Any], model_type: str | None = None) -> dict[str, Any]:
     "Fields of `DecoderConfig` from a published `config.json`. Raises ValueError for what is not built here."
     family = model_type or settings.get("model_type")
@@ -548,7 +563,10 @@ def read_transformers_config(settings: Mapping[str, Any], model_type: str | None
     if settings.get("mlp_bias"):
         raise ValueError("config.json, mlp_bias: found true, expected false")
     names = set(DecoderConfig.__dataclass_fields__) - {"rope_scaling", "attention_bias", "sliding_window"}
-    fields = {name: settings[name] for name in names if settings.get(name) is not None} | FAMILIES[family]
+    fields = {name: settings[name] for name in names if settings.get(name) is not None}
+    if missing := [name for name in SIZES if name not in fields]:
+        raise ValueError(f"config.json: found no {', '.join(missing)}, expected all sizes of the language model")
+    fields = FAMILIES[family] | fields
     fields |= _rope_fields(settings) | {"sliding_window": _window_field(settings, family)}
     if settings.get("attention_bias"):
         fields |= {"attention_bias": True, "attention_output_bias": True}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TEXT', 'NEWLINE', 'LAYOUTS', 'Features', 'padding_mask', 'interpolate_grid', 'square_side', 'interpolate_tokens',
-           'merge_stages', 'TowerConfig', 'build_encoder', 'Tower', 'image_layout']
+           'merge_stages', 'TowerConfig', 'build_encoder', 'Tower', 'read_safetensors', 'image_layout']
 
 # %% ../../nbs/1_see/4_towers.ipynb #5a70a710
 import json
@@ -223,23 +223,37 @@ class Tower(nn.Module):
         "Write config.json and model.safetensors."
         _save_tower(self, Path(folder))
 
-# %% ../../nbs/1_see/4_towers.ipynb #4525b067
+# %% ../../nbs/1_see/4_towers.ipynb #de6d88f9
 def _read_json(path: Path) -> dict:
-    "A JSON file, or an error that names it."
+    "A JSON object from a file, or an error that names it."
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: found a JSON {type(value).__name__}, expected an object")
+    return value
 
+def shard_names(index: Path) -> list[str]:
+    "The files that a checkpoint's index lists; ValueError unless all are safetensors in the index's own folder."
+    listed = _read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):
+        raise ValueError(f"{index}, weight_map: found {repr(listed)[:60]}, expected a file's name for each weight")
+    for name in (names := sorted(set(listed.values()))):
+        if Path(name).name != name or not name.endswith(".safetensors") or len(name) > 255 or "\0" in name:
+            raise ValueError(f"{index}, weight_map: found {name[:60]!r}, expected a .safetensors file beside the index")
+    return names
+
+# %% ../../nbs/1_see/4_towers.ipynb #9f7f619f
 def read_safetensors(folder: Path) -> dict[str, Tensor]:
     "All tensors of a checkpoint folder: model.safetensors, or the shards of its index. Pickles are refused."
     index, names, state = folder / "model.safetensors.index.json", ["model.safetensors"], {}
     if (folder / "open_clip_model.safetensors").exists():
         names = ["open_clip_model.safetensors"]
     if index.exists():
-        names = sorted(set(_read_json(index)["weight_map"].values()))
+        names = shard_names(index)
     for name in names:
         if not (folder / name).exists():
             pickles = [path.name for path in folder.glob("*.bin")]
@@ -274,10 +288,15 @@ def _tower_config(folder: Path) -> TowerConfig:
     # CLIP's last layer serves its class token alone; the others' last hidden state is meant to be read
     return TowerConfig(folder.name, vit, prepare, select_layer=None if vit.norm_tokens else -2)
 
-# %% ../../nbs/1_see/4_towers.ipynb #cb2b10ff
+# %% ../../nbs/1_see/4_towers.ipynb #e1467a2a
 def _load_tower(folder: Path, changes: dict) -> Tower:
     "Settings and weights; positions are resampled where the preparation asks for another image size."
-    config, state = _tower_config(folder), read_safetensors(folder)
+    try:
+        config = _tower_config(folder)
+    except (ValueError, TypeError, LookupError, AttributeError) as error:   # settings of the wrong kind fail anywhere
+        reason = f"found no {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{'' if str(folder) in reason else f'{folder}/config.json: '}{reason}") from error
+    state = read_safetensors(folder)
     with torch.device("meta"):  # no time for random numbers that are overwritten
         vit = build_encoder(config.vit)
     vit.to_empty(device="cpu")
