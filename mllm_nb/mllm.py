@@ -183,7 +183,7 @@ def static_loss(decoder: nn.Module, hidden: Float[Tensor, "batch sequence width"
     count = (wanted != IGNORE).sum()
     return total / count.clamp(min=1), count
 
-# %% ../nbs/3_connect/5_mllm.ipynb #a83d20e1
+# %% ../nbs/3_connect/5_mllm.ipynb #589864f6
 def supervised_loss(decoder: nn.Module, hidden: Float[Tensor, "batch sequence width"],
                     targets: Int[Tensor, "batch sequence"], chunk: int | None = None) -> tuple[Float[Tensor, ""], int]:
     """Mean cross-entropy (fp32) over the positions whose target is not IGNORE, and how many those are.
@@ -191,7 +191,7 @@ def supervised_loss(decoder: nn.Module, hidden: Float[Tensor, "batch sequence wi
     Without any, the loss is a zero that still has a gradient, so that no process of a parallel run waits for another;
     the count says so, and the training loop refuses such a batch by its records' names. `chunk`: positions a piece.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or hidden.device.type == "xla":
         return static_loss(decoder, hidden, targets, chunk)
     kept = targets != IGNORE
     states, wanted = hidden[kept], targets[kept]

@@ -131,6 +131,18 @@ def test_devices_that_nobody_knows_are_refused(words):
         read_devices(words)
 
 
+def test_the_scale_planner_says_what_the_formula_says():
+    widget = parallel.scale_planner(TASK, ("A100-80", "8xA100-80", "3xA100-80"))
+    entries = widget.payload["entries"]
+    assert len(entries) == 3 * 3 * 2 * 3
+    plan = share_batch(128, 8, 4, "fsdp", precision="bf16", device="cuda", recompute=True)
+    found = TASK.estimate(plan, HARDWARE["A100-80"])
+    facts = {name: text for name, text, _ in entries["1,0,1,1"]["facts"]}
+    assert facts["at once, GB"] == f"{round(found.memory.peak / 1e9, 1):.3g}" and facts["hours"] == f"{round(found.hours, 1):.3g}"
+    assert "cannot be shared by 3 devices" in entries["2,0,0,0"]["refused"]
+    assert "at once, GB" in widget.html()
+
+
 # --- the command
 
 def mllm(*arguments: str) -> int:

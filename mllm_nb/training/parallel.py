@@ -7,10 +7,11 @@ __all__ = ['WAYS', 'SHARDINGS', 'KINDS', 'HARDWARE', 'BETWEEN_HOSTS', 'ROOM', 'S
            'show_messages', 'PlanError', 'Plan', 'check_plan', 'read_plan', 'share_batch', 'together', 'own', 'copies',
            'shared_norm', 'has_views', 'blank_view', 'even_batches', 'repeated_parts', 'shard', 'recompute',
            'tensor_plan', 'split_layers', 'LostProcess', 'join_group', 'check_equal', 'join_model', 'TeamCrew',
-           'Single', 'Team', 'team_of', 'Sizes', 'language_sizes', 'kept_bytes', 'Load', 'layer_bytes', 'view_bytes',
-           'tower_bytes', 'sizes_of', 'cut_parameters', 'Memory', 'memory_of', 'state_bytes', 'show_memory',
-           'set_dtypes', 'Hardware', 'read_devices', 'step_flops', 'step_seconds', 'Estimate', 'Task', 'possible_plans',
-           'best_plan', 'nearest_plan', 'launch_line', 'slurm_script', 'tpu_script', 'gather_trained', 'launch']
+           'Single', 'Team', 'XlaTeam', 'team_of', 'Sizes', 'language_sizes', 'kept_bytes', 'Load', 'layer_bytes',
+           'view_bytes', 'tower_bytes', 'sizes_of', 'cut_parameters', 'Memory', 'memory_of', 'state_bytes',
+           'show_memory', 'set_dtypes', 'Hardware', 'read_devices', 'step_flops', 'step_seconds', 'Estimate', 'Task',
+           'possible_plans', 'best_plan', 'nearest_plan', 'launch_line', 'slurm_script', 'tpu_script', 'gather_trained',
+           'launch', 'scale_facts', 'scale_planner']
 
 # %% ../../nbs/6_train/4_parallel.ipynb #2472e4c6
 import json
@@ -47,6 +48,7 @@ from ..vision.towers import Features
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from mllm_nb.widgets import Widget
 
 # %% ../../nbs/6_train/4_parallel.ipynb #d32b090f
 WAYS = {"whole copies (DDP)": ("data", 0), "sharded (FSDP)": ("data", 1), "cut layers (TP)": ("layers", 1)}
@@ -156,7 +158,7 @@ SHARDINGS = ("none", "ddp", "fsdp", "tp")
 class PlanError(ValueError):
     "A plan that cannot be: the message gives the numbers and the nearest that can."
 
-# %% ../../nbs/6_train/4_parallel.ipynb #ad7e1ab1
+# %% ../../nbs/6_train/4_parallel.ipynb #1476bea7
 @dataclass(frozen=True)
 class Plan:
     "How a global batch is shared by the devices at hand. It is printed, may be edited, and is saved with the run."
@@ -191,8 +193,11 @@ class Plan:
 
     def config(self, config: TrainingConfig) -> TrainingConfig:
         "A run's settings with this plan's batch, precision and device."
-        return replace(config, global_batch=self.global_batch, micro_batch=self.micro_batch,
-                       world_size=self.data_parallel, precision=self.precision, device=self.device)
+        rows, shares = self.micro_batch, self.data_parallel
+        if self.device == "xla":   # one process feeds all devices
+            rows, shares = rows * shares, 1
+        return replace(config, global_batch=self.global_batch, micro_batch=rows, world_size=shares,
+                       precision=self.precision, device=self.device)
 
     def device_plan(self) -> DevicePlan:
         "Device and precision of this process."
@@ -514,9 +519,55 @@ class Team(Single):
         if dist.is_initialized():
             dist.destroy_process_group()
 
-# %% ../../nbs/6_train/4_parallel.ipynb #08016d86
+# %% ../../nbs/6_train/4_parallel.ipynb #afd1f689
+class XlaTeam(Single):
+    "Devices that one process drives through PyTorch/XLA (SPMD). ImportError names the extra."
+    def __init__(self, plan: Plan):
+        super().__init__(plan)
+        try:
+            import torch_xla
+            import torch_xla.distributed.spmd as spmd
+            import torch_xla.runtime as runtime
+        except ImportError as missing:
+            raise ImportError("device xla needs PyTorch/XLA in an environment of its own: make .venv-tpu, or "
+                              "pip install 'mllm_nb[tpu]'") from missing
+        self.xla, self.spmd = torch_xla, spmd
+        if plan.world_size > 1:
+            runtime.use_spmd()
+        found = runtime.global_runtime_device_count()
+        if found != plan.world_size:
+            raise PlanError(f"Plan.world_size is {plan.world_size}, found {found} devices of XLA")
+        self.mesh = spmd.Mesh(list(range(found)), (found,), ("devices",)) if found > 1 else None
+
+    def cut(self, tensor: Tensor) -> Tensor:
+        "Mark a tensor's first axis as shared out, where it divides."
+        if self.mesh is not None and tensor.ndim and len(tensor) and len(tensor) % self.plan.world_size == 0:
+            self.spmd.mark_sharding(tensor, self.mesh, ("devices",) + (None,) * (tensor.ndim - 1))
+        return tensor
+
+    def join(self, model: nn.Module, device: str) -> nn.Module:
+        model = super().join(model, device)
+        for parameter in model.parameters():
+            self.cut(parameter)
+        return model
+
+    def even(self, batches: Sequence) -> Sequence:
+        for batch in batches:
+            inputs = batch.model_inputs() if hasattr(batch, "model_inputs") else {}
+            for value in [*inputs.values(), *inputs.get("pixels", ())]:
+                self.cut(value) if isinstance(value, Tensor) else None
+        return batches
+
+    @contextmanager
+    def watch(self, step: int):
+        yield
+        self.xla.sync()   # the border of a step: what was written down so far is compiled once and run
+
+# %% ../../nbs/6_train/4_parallel.ipynb #6e2a5bf9
 def team_of(plan: Plan) -> Single:
     "The team of a plan."
+    if plan.device == "xla":
+        return XlaTeam(plan)
     return Team(plan) if plan.world_size > 1 else Single(plan)
 
 # %% ../../nbs/6_train/4_parallel.ipynb #7820bd55
@@ -1018,3 +1069,26 @@ def launch(function: Callable, plan: Plan, *arguments: Any) -> None:
         debug_launcher(function, arguments, num_processes=plan.world_size)
     else:
         notebook_launcher(function, arguments, num_processes=plan.world_size, use_port=str(free_port()))
+
+# %% ../../nbs/6_train/4_parallel.ipynb #f60a5183
+def scale_facts(task: Task, devices: str, sharding: str, recompute: bool, at_once: int) -> dict[str, float]:
+    "What the scale planner shows: memory of a device by kind, speed, time and cost. Raises ValueError for no plan."
+    hosts, count, hardware = read_devices(devices)
+    kind = "none" if count == 1 else sharding
+    precision = "bf16" if hardware.bf16 or kind in ("fsdp", "tp") else "fp16"
+    plan = share_batch(task.global_batch, count, at_once, kind, hosts=hosts, recompute=recompute,
+                       device=hardware.kind, precision=precision)
+    found = task.estimate(plan, hardware)
+    facts = {f"{name}, GB": round(getattr(found.memory, name) / 1e9, 1) for name in KINDS}
+    return facts | {"at once, GB": round(found.memory.peak / 1e9, 1),
+                    "of its memory, %": round(found.memory.peak / hardware.gigabytes / 1e7),
+                    "tokens a second": round(found.tokens / found.seconds), "hours": round(found.hours, 1),
+                    "dollars": round(found.dollars)}
+
+
+def scale_planner(task: Task, devices: Sequence[str] = ("A100-80", "2xA100-80", "8xA100-80", "8xH100-80",
+                                                        "8x8xH100-80"), title: str = "Which machine?") -> "Widget":
+    "Radio buttons for machine, sharding, recomputation and micro-batch, and what `scale_facts` says of them."
+    from mllm_nb.widgets import settings_explorer
+    names = {"machine": devices, "sharding": ("fsdp", "ddp", "tp"), "recompute": (False, True), "at once": (1, 4, 16)}
+    return settings_explorer(title, lambda **chosen: scale_facts(task, *chosen.values()), **names)
