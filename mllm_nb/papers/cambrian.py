@@ -27,7 +27,7 @@ from ..mllm import (
     MLLM, MLLMConfig, Weights, fit_weights, language_family, no_memory, read_json, read_weights, weight_files)
 from .llava import manifest_shapes, sort_names
 from ..training.miniatures import (
-    ALIGN, TUNE, Trained, load_language, load_tokenizer, load_tower, miniature_processor, teach)
+    ALIGN, TUNE, Trained, give_lessons, load_language, load_tokenizer, load_tower, miniature_processor)
 from ..vision.convnext import ConvNeXtConfig
 from ..vision.towers import TowerConfig
 from ..vision.vit import ViTConfig
@@ -157,13 +157,11 @@ def train_miniature(folder: str | Path, seed: int = 0, align_steps: int | None =
                     **settings) -> Trained:
     """Cambrian-1 in miniature, from the shipped parts through both lessons. `settings`: `towers`, `queries`,
     `samplers`, `connector` of `assemble_miniature`, and TrainingConfig fields."""
-    start, histories = time.perf_counter(), {}
+    start = time.perf_counter()
     names = ("towers", "queries", "samplers", "connector")
     model, processor = assemble_miniature(seed=seed, **{name: settings.pop(name) for name in names if name in settings})
-    for lesson, steps in ((CAMBRIAN_ALIGN, align_steps), (CAMBRIAN_TUNE, tune_steps)):
-        lesson = replace(lesson, seed=seed, steps=lesson.steps if steps is None else steps)
-        if lesson.steps:
-            histories[lesson.name] = teach(model, processor, lesson, Path(folder) / lesson.name, **settings)
+    lessons = ((CAMBRIAN_ALIGN, align_steps), (CAMBRIAN_TUNE, tune_steps))
+    histories = give_lessons(model, processor, lessons, folder, seed, **settings)
     return Trained(model, processor, histories, time.perf_counter() - start, processor.rows_per_view)
 
 # %% ../../nbs/9_papers/3_cambrian.ipynb #2d3b20bd

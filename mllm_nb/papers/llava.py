@@ -46,7 +46,7 @@ from ..evaluation.world import HeldOut, right_answers
 from ..training.lora import (LoRASettings, add_adapters, adapter_base, local_folder, lora_stage, overlay,
                                    read_adapter, read_whole, safe_file, save_adapter, trainable_names)
 from ..training.loop import TrainingConfig, accumulation, plan_for, train
-from ..training.miniatures import ALIGN, TUNE, Trained, assemble_miniature, teach
+from ..training.miniatures import ALIGN, TUNE, Trained, assemble_miniature, give_lessons
 from ..training.parallel import Plan, PlanError, Single, gather_trained, set_dtypes, team_of
 from ..training.recipes import RECIPES, Stage, recipe_and_stage, training_config
 from ..vision.towers import Tower, TowerConfig
@@ -769,17 +769,14 @@ def convert_model(arguments: Any) -> int:
     print(out)
     return 0
 
-# %% ../../nbs/9_papers/1_llava.ipynb #78576f18
+# %% ../../nbs/9_papers/1_llava.ipynb #8ad193ed
 def train_miniature(folder: str | Path, seed: int = 0, connector: str = "mlp2x_gelu", language: str = "language",
                     align_steps: int | None = None, tune_steps: int | None = None, **changes) -> Trained:
     """LLaVA-1.5 in miniature, from the shipped parts through both stages. `align_steps=0` leaves the first one out;
     `changes` replace TrainingConfig fields."""
-    start, histories = time.perf_counter(), {}
+    start = time.perf_counter()
     model, processor = assemble_miniature(connector, language, seed=seed)
-    for lesson, steps in ((ALIGN, align_steps), (TUNE, tune_steps)):
-        lesson = replace(lesson, seed=seed, steps=lesson.steps if steps is None else steps)
-        if lesson.steps:
-            histories[lesson.name] = teach(model, processor, lesson, Path(folder) / lesson.name, **changes)
+    histories = give_lessons(model, processor, ((ALIGN, align_steps), (TUNE, tune_steps)), folder, seed, **changes)
     return Trained(model, processor, histories, time.perf_counter() - start, processor.rows_per_view)
 
 # %% ../../nbs/9_papers/1_llava.ipynb #2d371860

@@ -9,7 +9,7 @@ __all__ = ['BLANK', 'LANGUAGE_PHASES', 'PICTURES', 'BUILDERS', 'CONNECTOR', 'LAN
            'language_config', 'Phase', 'pretrain_language', 'Matching', 'matching_batch', 'matching_losses',
            'ContrastiveTeacher', 'MatchingBatches', 'encoder_config', 'pretrain_contrastive', 'rebuild_language',
            'rebuild_contrastive', 'rebuild_part', 'Lesson', 'miniature_processor', 'assemble_miniature', 'Trained',
-           'teach', 'pictures_per_row']
+           'teach', 'give_lessons', 'pictures_per_row']
 
 # %% ../../nbs/6_train/6_miniatures.ipynb #58e18ef9
 import json
@@ -427,7 +427,7 @@ def assemble_miniature(connector: str = "mlp2x_gelu", language: str | Decoder = 
     config = MLLMConfig(language.config, (tower.config,), ProjectorConfig(connector), template="miniature")
     return MLLM(config, towers=[tower], language=language), miniature_processor(load_tokenizer(), [tower])
 
-# %% ../../nbs/6_train/6_miniatures.ipynb #fa689a41
+# %% ../../nbs/6_train/6_miniatures.ipynb #8d208877
 @dataclass(frozen=True)
 class Trained:
     "A miniature after its lessons."
@@ -450,6 +450,17 @@ def teach(model: nn.Module, processor: Processor, lesson: Lesson, folder: str | 
                             schedule="cosine", warmup_ratio=.05, betas=(.9, .98), seed=lesson.seed, groups=groups,
                             **{"save": False} | changes)
     return train(model, batches, config, folder)
+
+# %% ../../nbs/6_train/6_miniatures.ipynb #1658fc7e
+def give_lessons(model: nn.Module, processor: Processor, lessons: Sequence[tuple[Lesson, int | None]],
+                 folder: str | Path, seed: int, **changes) -> dict[str, History]:
+    "One lesson after the other, each in its own folder; a number beside it replaces its steps (0 leaves it out)."
+    histories = {}
+    for lesson, steps in lessons:
+        lesson = replace(lesson, seed=seed, steps=lesson.steps if steps is None else steps)
+        if lesson.steps:
+            histories[lesson.name] = teach(model, processor, lesson, Path(folder) / lesson.name, **changes)
+    return histories
 
 
 def pictures_per_row(processor: Processor, lesson: Lesson) -> float:
