@@ -378,3 +378,24 @@ def test_no_memory_restores_modules():
     with no_memory():
         assert Projector("linear", 3, 4).mm_projector.weight.device.type == "meta"
     assert Projector("linear", 3, 4).mm_projector.weight.device.type == "cpu"
+
+
+@pytest.mark.parametrize("change", [
+    {"vocab_size": "x"}, {"hidden_size": None}, {"num_hidden_layers": 10**9}, {"head_dim": "x"}, {"model_type": []},
+    {"mllm_nb": None}, {"mllm_nb": {"towers": [None], "language": "decoder"}}, {"mm_projector_type": 5}])
+def test_settings_of_the_wrong_kind_name_the_file(tmp_path, change):
+    MLLM(replace(TINY, language=DecoderConfig(30, 16, 24, 1, 2))).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(WeightsError, match="config.json"):
+        MLLM.from_pretrained(tmp_path)
+
+
+def test_a_tied_head_may_be_stored_twice_and_integers_are_no_weights(tmp_path):
+    language = DecoderConfig(30, 16, 24, 1, 2, tie_word_embeddings=True)
+    MLLM(replace(TINY, language=language)).save_pretrained(tmp_path)
+    change_weights(tmp_path, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
+    assert MLLM.from_pretrained(tmp_path).language.lm_head is None
+    change_weights(tmp_path, lambda tensors: tensors.update({"model.norm.weight": torch.ones(16, dtype=torch.int64)}))
+    with pytest.raises(WeightsError, match="model.norm.weight: found torch.int64, expected numbers like torch.float32"):
+        MLLM.from_pretrained(tmp_path)
