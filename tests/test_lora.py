@@ -456,12 +456,29 @@ def test_a_base_that_is_gone_is_named(folders, tmp_path):
         load_llava(folder, base=folders[0] / "adapter")
 
 
+def rewrite(file: Path, **fields) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def spoil(file: Path) -> None:
+    tensors = load_file(file)
+    next(iter(tensors.values()))[0, 0] = float("inf")
+    save_file(tensors, file)
+
+
 @pytest.mark.parametrize("damage, message", [
     (lambda f: (f / "adapter_model.safetensors").unlink(), "no adapter_model.safetensors"),
     (lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"), "is a pickle"),
     (lambda f: (f / "adapter_model.safetensors").write_bytes((f / "adapter_model.safetensors").read_bytes()[:200]), "cannot be read"),
     (lambda f: (f / "adapter_config.json").write_text("[]"), "expected an object"),
     (lambda f: (f / "adapter_config.json").write_text(json.dumps({"r": 0, "lora_alpha": 1, "base_model_name_or_path": ""})), "adapter"),
+    (lambda f: rewrite(f / "adapter_config.json", r=8), "of rank 8"),
+    (lambda f: rewrite(f / "adapter_config.json", lora_alpha=float("nan")), "lora_alpha: found nan"),
+    (lambda f: rewrite(f / "adapter_config.json", peft_type="LOHA"), "peft_type: found LOHA"),
+    (lambda f: rewrite(f / "mllm_nb_adapter.json", quantization="fp4"), "quantization: found 'fp4'"),
+    (lambda f: rewrite(f / "mllm_nb_adapter.json", dtype="load"), "dtype: found 'load'"),
+    (lambda f: rewrite(f / "mllm_nb_adapter.json", quantization="nf4", quantized=["model.nothing"]), "found model.nothing"),
+    (lambda f: spoil(f / "adapter_model.safetensors"), "not finite"),
     (lambda f: save_file({"something.else": torch.zeros(1)}, f / "adapter_model.safetensors"), "expected only lora_A and lora_B"),
 ])
 def test_damaged_folders_are_named(damage, message, folders, tmp_path):
@@ -479,6 +496,9 @@ def test_adapter_of_another_size(folders, tmp_path):
     with pytest.raises(WeightsError, match="expected a product of shape"):
         load_llava(folder)
     with pytest.raises(WeightsError, match=r"lora_B.weight: found \(3, 4\), expected"):
+        load_adapter(load_llava(folders[0] / "base"), folder)
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(WeightsError, match="no adapter_model.safetensors"):
         load_adapter(load_llava(folders[0] / "base"), folder)
 
 

@@ -9,14 +9,15 @@ __all__ = ['EXTRA_OF', 'QUANTIZATIONS', 'merged', 'LoRALinear', 'need', 'linear_
            'quantize', 'quantization_of', 'full_weight', 'plain_linear', 'merge_adapters', 'fingerprint',
            'published_layers', 'adapter_tensors', 'other_tensors', 'settings_of', 'adapter_files', 'save_adapter',
            'safe_file', 'read_whole', 'local_folder', 'adapter_base', 'overlay', 'lora_scale', 'lora_pairs',
-           'merge_lora', 'trainable_names', 'own_fields', 'rounded_base', 'check_base', 'read_adapter', 'read_others',
-           'load_adapter', 'copy_tensors', 'adamw_8bit']
+           'merge_lora', 'trainable_names', 'own_fields', 'rounded_base', 'check_base', 'adapter_parts', 'read_adapter',
+           'read_others', 'load_adapter', 'copy_tensors', 'adamw_8bit']
 
-# %% ../../nbs/6_train/3_lora.ipynb #809d0e4a
+# %% ../../nbs/6_train/3_lora.ipynb #a0d761e6
 import functools
 import importlib
 import json
 import logging
+import math
 import os
 import re
 import zlib
@@ -477,7 +478,7 @@ def adapter_base(folder: Path, base: str | Path | None = None) -> Path:
                            "on: base=")
     return found
 
-# %% ../../nbs/6_train/3_lora.ipynb #332f3ebb
+# %% ../../nbs/6_train/3_lora.ipynb #a17b566e
 def overlay(base: Weights, top: Weights) -> Weights:
     "The base's tensors with those of `top` put over them."
     return Weights({**base.tensors, **top.tensors}, {**base.files, **top.files}, top.folder)
@@ -491,10 +492,13 @@ def lora_scale(settings: Mapping[str, Any], where: str) -> float:
     for field in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out"):
         if settings.get(field):
             raise WeightsError(f"{where}/adapter_config.json, {field}: found {settings[field]}, expected plain LoRA")
-    missing = [field for field in ("r", "lora_alpha") if not isinstance(settings.get(field), (int, float))]
-    if missing or settings["r"] < 1:
-        raise WeightsError(f"{where}/adapter_config.json, {(missing or ['r'])[0]}: found "
-                           f"{settings.get((missing or ['r'])[0])}, expected a number")
+    if settings.get("peft_type", "LORA") != "LORA":
+        raise WeightsError(f"{where}/adapter_config.json, peft_type: found {settings['peft_type']}, expected LORA")
+    for field, least in (("r", 1), ("lora_alpha", 0)):
+        value = settings.get(field)
+        if not isinstance(value, (int, float)) or not math.isfinite(value) or value < least:
+            raise WeightsError(f"{where}/adapter_config.json, {field}: found {value}, expected a number of at least "
+                               f"{least}")
     return settings["lora_alpha"] / (settings["r"] ** 0.5 if settings.get("use_rslora") else settings["r"])
 
 # %% ../../nbs/6_train/3_lora.ipynb #fb10de07
@@ -508,7 +512,7 @@ def lora_pairs(adapter: Weights) -> dict[str, dict[str, Tensor]]:
         pairs.setdefault(match[1] + ".weight", {})[match[2]] = tensor
     return pairs
 
-# %% ../../nbs/6_train/3_lora.ipynb #2b25015e
+# %% ../../nbs/6_train/3_lora.ipynb #b31a55ad
 def merge_lora(base: Weights, adapter: Weights, settings: Mapping[str, Any]) -> Weights:
     "Merge an adapter (PEFT's names) into the base it was trained on: W + B A alpha / r. Raises WeightsError."
     scale, tensors = lora_scale(settings, adapter.folder), dict(base.tensors)
@@ -517,9 +521,11 @@ def merge_lora(base: Weights, adapter: Weights, settings: Mapping[str, Any]) -> 
             raise WeightsError(f"{adapter.folder}: {name}: found lora_{'/'.join(sorted(pair))}, expected A and B, "
                                f"and this key in the base {base.folder}")
         (rows, rank_b), (rank_a, columns), shape = pair["B"].shape, pair["A"].shape, list(tensors[name].shape)
-        if rank_a != rank_b or [rows, columns] != shape:
+        if rank_a != rank_b or [rows, columns] != shape or rank_a != settings["r"]:
             raise WeightsError(f"{adapter.folder}: {name}: found A {[rank_a, columns]} and B {[rows, rank_b]}, "
-                               f"expected a product of shape {shape} as in {base.folder}")
+                               f"expected a product of shape {shape} as in {base.folder}, of rank {settings['r']}")
+        if not all(matrix.isfinite().all() for matrix in pair.values()):
+            raise WeightsError(f"{adapter.folder}: {name}: found numbers that are not finite in A or B")
         tensors[name] = merged(tensors[name], pair["A"], pair["B"], scale)
     return replace(base, tensors=tensors)
 
@@ -532,25 +538,33 @@ def trainable_names(weights: Weights) -> Weights:
     return Weights({plain(name): tensor for name, tensor in weights.tensors.items()},
                    {plain(name): file for name, file in weights.files.items()}, weights.folder)
 
-# %% ../../nbs/6_train/3_lora.ipynb #f38a0612
+# %% ../../nbs/6_train/3_lora.ipynb #bfba344a
 def own_fields(folder: Path) -> dict[str, Any]:
     "What our own adapters say beyond PEFT's file; {} for published ones."
     file = folder / "mllm_nb_adapter.json"
-    return read_json(file) if file.is_file() else {}
+    own = read_json(file) if file.is_file() else {}
+    known = {"quantization": (None, *QUANTIZATIONS), "dtype": (None, "float32", "bfloat16", "float16", "float64")}
+    for field, values in known.items():
+        if own.get(field) not in values:
+            raise WeightsError(f"{file}, {field}: found {own[field]!r}, expected one of {values}")
+    return own
 
 
 def rounded_base(base: Weights, own: Mapping[str, Any]) -> Weights:
     "The base as it was in training: its linear layers through 4 or 8 bits and back, all in training's dtype."
     if not own.get("quantization"):
         return base
-    dtype, build = getattr(torch, own["dtype"]), {"nf4": nf4_linear, "int8": int8_linear}[own["quantization"]]
+    dtype = getattr(torch, own.get("dtype") or "float32")
+    build = {"nf4": nf4_linear, "int8": int8_linear}[own["quantization"]]
     tensors = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor
                for name, tensor in base.tensors.items()}
-    for name in own["quantized"]:
+    if unknown := [name for name in own.get("quantized", ()) if f"{name}.weight" not in tensors]:
+        raise WeightsError(f"mllm_nb_adapter.json, quantized: found {unknown[0]}, expected layers of {base.folder}")
+    for name in own.get("quantized", ()):
         tensors[f"{name}.weight"] = full_weight(build(plain_linear(tensors[f"{name}.weight"], None))).to(dtype)
     return replace(base, tensors=tensors)
 
-# %% ../../nbs/6_train/3_lora.ipynb #146126cf
+# %% ../../nbs/6_train/3_lora.ipynb #8f7f136f
 def check_base(folder: Path, base: Weights, names: Sequence[str], own: Mapping[str, Any]) -> None:
     "Raise WeightsError where the base is not the one that the adapter was trained on."
     missing = [name for name in names if name not in base.tensors]
@@ -561,17 +575,22 @@ def check_base(folder: Path, base: Weights, names: Sequence[str], own: Mapping[s
                            "and the values differ, expected the same base (base=)")
 
 
+def adapter_parts(folder: Path) -> tuple[Weights, dict[str, Any], dict[str, Any]]:
+    "An adapter's A and B, the fields of its adapter_config.json, and our own. Raises WeightsError."
+    file = safe_file(folder, "adapter_model")
+    if file is None:
+        raise WeightsError(f"{folder}: found no adapter_model.safetensors, expected it beside adapter_config.json")
+    return read_weights(file), read_json(folder / "adapter_config.json"), own_fields(folder)
+
+
 def read_adapter(folder: Path, base: Weights) -> Weights:
     "The base's weights with the adapter merged in, and with the other weights that were trained beside it."
-    file, own = safe_file(folder, "adapter_model"), own_fields(folder)
-    if file is None:
-        raise WeightsError(f"{folder}: found adapter_config.json and no adapter_model.safetensors")
-    adapter, settings = read_weights(file), read_json(folder / "adapter_config.json")
+    adapter, settings, own = adapter_parts(folder)
     check_base(folder, base, sorted(lora_pairs(adapter)), own)
     weights = merge_lora(rounded_base(base, own), adapter, settings)
     return overlay(weights, read_others(folder))
 
-# %% ../../nbs/6_train/3_lora.ipynb #418d157a
+# %% ../../nbs/6_train/3_lora.ipynb #0a7de482
 def read_others(folder: Path) -> Weights:
     "What was trained beside the adapter, under published names; nothing where there is no such file."
     file = safe_file(folder, "non_lora_trainables")
@@ -585,8 +604,7 @@ def load_adapter(model: MLLM, folder: str | Path) -> MLLM:
     model: holds the base's weights, not quantized. Raises WeightsError where names or shapes differ.
     """
     folder = Path(folder)
-    own, settings = own_fields(folder), read_json(folder / "adapter_config.json")
-    found = read_weights(safe_file(folder, "adapter_model"))
+    found, settings, own = adapter_parts(folder)
     rank, scale = settings["r"], lora_scale(settings, str(folder))
     targets = tuple(sorted({name.removesuffix(".weight").rpartition(".")[2] for name in lora_pairs(found)}))
     add_adapters(model, LoRASettings(rank, scale * rank, settings.get("lora_dropout") or 0.0, targets,
