@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['TARGETS', 'OUTPUT', 'GRADIENT', 'CHATML', 'PHI3', 'QUESTIONS', 'COMPONENTS', 'SYSTEMS', 'Unsupported', 'Check',
-           'Golden', 'golden_llava', 'golden_views', 'golden_layouts', 'Sequences', 'golden_rows', 'golden_sequences',
-           'padded_rows', 'llava_model', 'sequence_inputs', 'compare_gradients', 'greedy_generation', 'greedy_case',
-           'easylm_kernel', 'decoder_case', 'decoder_losses', 'rotary_case', 'optimizer_config', 'optimizer_case',
-           'interpolation_case', 'convnext_case', 'resolution_case', 'preprocess_case', 'llava_images',
-           'golden_tokenizer', 'runs', 'supervises', 'template_for', 'prompt_row', 'prompts_case', 'llava_manifest',
-           'lvm_manifest', 'Result', 'judge', 'own_components', 'run_case', 'read_index', 'run_parity']
+           'inside', 'read_tensors', 'read_object', 'Golden', 'golden_llava', 'golden_views', 'golden_layouts',
+           'Sequences', 'golden_rows', 'golden_sequences', 'padded_rows', 'llava_model', 'sequence_inputs',
+           'compare_gradients', 'greedy_generation', 'greedy_case', 'easylm_kernel', 'decoder_case', 'decoder_losses',
+           'rotary_case', 'optimizer_config', 'optimizer_case', 'interpolation_case', 'convnext_case',
+           'resolution_case', 'preprocess_case', 'llava_images', 'golden_tokenizer', 'runs', 'supervises',
+           'template_for', 'prompt_row', 'prompts_case', 'llava_manifest', 'lvm_manifest', 'Result', 'judge',
+           'own_components', 'run_case', 'read_index', 'run_parity']
 
 # %% ../nbs/appendix/parity.ipynb #f33ddd53
 import json, math
@@ -25,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -71,7 +73,36 @@ class Check:
 # %% ../nbs/appendix/parity.ipynb #718fbcfd
 TARGETS = ("out.", "grad.", "gradw.")   # tensors with these prefixes must all be compared
 
-# %% ../nbs/appendix/parity.ipynb #da8fac81
+# %% ../nbs/appendix/parity.ipynb #88660bc3
+def inside(folder: str | Path, file: str) -> Path:
+    "A file that a case names. ValueError unless it is a plain file in `folder` or below, where nothing else is read."
+    path, root = (Path(folder) / file), Path(folder).resolve()
+    if Path(file).is_absolute() or ".." in Path(file).parts:
+        raise ValueError(f"{file[:120]}: outside of {root}, expected a file below it")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{file[:120]}: no plain file")
+    return path
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    "The tensors of a safetensors file; ValueError names the file."
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path.name}: damaged ({error})") from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    "A JSON object from a file; ValueError names the file."
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path.name}: found a JSON {type(value).__name__}, expected an object")
+    return value
+
+# %% ../nbs/appendix/parity.ipynb #a8b743fe
 class Golden:
     "A case: its settings, its tensors, and the checks made so far. Raises OSError or ValueError for unreadable files."
 
@@ -80,10 +111,11 @@ class Golden:
         self.settings: dict[str, Any] = {}
         self.tensors: dict[str, Tensor] = {}
         for file in files:
+            path = inside(self.folder, file)
             if file.endswith(".json"):
-                self.settings = json.loads((self.folder / file).read_text(encoding="utf-8"))
+                self.settings = read_object(path)
             else:
-                self.tensors = load_file(self.folder / file)
+                self.tensors = read_tensors(path)
 
     def __getitem__(self, name: str) -> Tensor:
         "A tensor by its name in the file. Raises KeyError naming it."
@@ -599,11 +631,11 @@ def own_components(system: str | None) -> Mapping[tuple, Callable[[Golden], None
     "What a system's own module proves: (kind, component) -> function."
     return import_module(SYSTEMS[system]).COMPONENTS if system in SYSTEMS else {}
 
-# %% ../nbs/appendix/parity.ipynb #5428bc55
+# %% ../nbs/appendix/parity.ipynb #246c1669
 def run_case(folder: str | Path, case: Mapping[str, Any]) -> Result:
     "Prove one case of an index. Never raises for what is in the files."
-    name, system = str(case.get("id")), case.get("system")
-    key = (case.get("kind"), case.get("component"))
+    name, system = str(case.get("id")), str(case.get("system"))
+    key = (str(case.get("kind")), str(case.get("component")))
     prove = own_components(system).get(key) or COMPONENTS.get((*key, system)) or COMPONENTS.get((*key, None))
     if prove is None:
         return Result(name, "unsupported", reason=f"{system}: {key[0]}, {key[1]}")
@@ -613,16 +645,15 @@ def run_case(folder: str | Path, case: Mapping[str, Any]) -> Result:
     except Unsupported as error:
         return Result(name, "unsupported", reason=str(error))
     except Exception as error:   # whatever a damaged or strange file leads to: the case failed, and the others go on
-        first = (str(error).splitlines() or [""])[0]
-        return Result(name, "failed", reason=f"{type(error).__name__}: {first[:160]}")
+        return Result(name, "failed", reason=f"{type(error).__name__}: {' '.join(str(error).split())[:240]}")
     return judge(name, golden)
 
-# %% ../nbs/appendix/parity.ipynb #b251c03a
+# %% ../nbs/appendix/parity.ipynb #846b2eed
 def read_index(folder: str | Path, system: str | None = None, kind: str | None = None) -> list[Mapping[str, Any]]:
     "The cases of DIR/index.json, narrowed. Raises ValueError that names the file."
     path = Path(folder) / "index.json"
     try:
-        cases = json.loads(path.read_text(encoding="utf-8"))["cases"]
+        cases = read_object(path)["cases"]
         return [case for case in cases if system in (None, case.get("system")) and kind in (None, case.get("kind"))]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         found = f"{type(error).__name__}: {error}"

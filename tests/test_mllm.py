@@ -51,7 +51,8 @@ def test_projector_has_published_keys(kind, keys):
 
 
 @pytest.mark.parametrize("kind, widths, message", [
-    ("identity", (4, 5), "keeps the width"), ("mlp0x_gelu", (4, 5), "mlpNx_gelu"), ("sva", (4, 5), "'sva'")])
+    ("identity", (4, 5), "keeps the width"), ("mlp0x_gelu", (4, 5), "mlpNx_gelu"), ("mlp999999999x_gelu", (4, 5), "mlpNx_gelu"),
+    ("sva", (4, 5), "'sva'")])
 def test_projector_refuses(kind, widths, message):
     with pytest.raises(ValueError, match=message):
         build_projector(kind, *widths)

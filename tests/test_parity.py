@@ -1,5 +1,6 @@
 "The parity runner: golden cases, other shapes of the same components, and files that must not pass."
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -75,9 +76,12 @@ def test_any_changed_number_is_found(copied, name, amount, where):
 
 
 @pytest.mark.parametrize("spoil, reason", [
-    (lambda folder: (folder / "llava15_llama_mlp2x.safetensors").write_bytes(b"\0" * 64), "Error"),
+    (lambda folder: (folder / "llava15_llama_mlp2x.safetensors").write_bytes(b"\0" * 64), "llava15_llama_mlp2x.safetensors: damaged"),
     (lambda folder: (folder / "llava15_llama_mlp2x.safetensors").unlink(), "FileNotFoundError"),
-    (lambda folder: (folder / "llava15_llama_mlp2x.json").write_text("{"), "JSONDecodeError"),
+    (lambda folder: (folder / "llava15_llama_mlp2x.json").write_text("{"), "llava15_llama_mlp2x.json: not JSON"),
+    (lambda folder: (folder / "llava15_llama_mlp2x.json").write_text("[" * 100_000), "llava15_llama_mlp2x.json: not JSON"),
+    (lambda folder: (folder / "llava15_llama_mlp2x.json").write_text("[]"), "found a JSON list, expected an object"),
+    (lambda folder: ((folder / "llava15_llama_mlp2x.safetensors").unlink(), os.mkfifo(folder / "llava15_llama_mlp2x.safetensors")), "no plain file"),
     (lambda folder: change(folder, lambda tensors: tensors.pop("in.input_ids")), "in.input_ids"),
     (lambda folder: change(folder, lambda tensors: tensors.pop("weights.model.norm.weight")), "do not fit"),
     (lambda folder: change(folder, lambda tensors: tensors.update({"out.surprise": torch.zeros(1)})), "not compared: out.surprise"),
@@ -99,7 +103,16 @@ def test_case_that_compares_nothing_fails(tmp_path):
     assert judge("empty", Golden(tmp_path, [])).status == "failed"
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"format": 1}', '{"cases": 3}'])
+@pytest.mark.parametrize("change_case, status, reason", [
+    ({"files": ["../x.json"]}, "failed", "outside of"), ({"files": [str(GOLDEN / "index.json")]}, "failed", "outside of"),
+    ({"component": ["model"]}, "unsupported", "model"), ({"system": [1]}, "unsupported", "[1]"), ({"kind": {}}, "unsupported", "{}"),
+    ({"files": None}, "failed", "NoneType"), ({"id": "another name"}, "passed", "")])
+def test_strange_cases_never_raise(copied, change_case, status, reason):
+    result = run_case(copied, read_index(copied)[0] | change_case)
+    assert result.status == status and reason in result.reason
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "", "[]", '{"format": 1}', '{"cases": 3}'])
 def test_bad_index(tmp_path, content):
     (tmp_path / "index.json").write_text(content)
     lines = []

@@ -226,3 +226,8 @@ def test_without_positions_order_does_not_matter():
     assert (pooled(vit, vit(shuffled)) - pooled(vit, vit(pixels()))).abs().max() > 1e-3
     vit.positions.data.zero_()
     torch.testing.assert_close(vit(shuffled)[:, 1:], vit(pixels())[:, 1:][:, order], atol=1e-5, rtol=1e-5)
+
+
+def test_a_number_of_layers_that_no_model_has_is_refused():
+    with pytest.raises(ValueError, match="num_hidden_layers 1000000000; expected 0 to 10000"):
+        ViTConfig(num_hidden_layers=10**9)

@@ -45,9 +45,9 @@ def build_projector(kind: str, input_width: int, output_width: int) -> nn.Module
         return nn.Identity()
     if kind == "linear":
         return nn.Linear(input_width, output_width)
-    match = re.fullmatch(r"mlp([1-9]\d*)x_gelu", kind)
+    match = re.fullmatch(r"mlp([1-9]\d?)x_gelu", kind)
     if match is None:
-        raise ValueError(f"mm_projector_type: found {kind!r}, expected 'identity', 'linear' or 'mlpNx_gelu', N >= 1")
+        raise ValueError(f"mm_projector_type: found {kind!r}, expected 'identity', 'linear' or 'mlpNx_gelu', N = 1..99")
     layers: list[nn.Module] = [nn.Linear(input_width, output_width)]
     for _ in range(int(match[1]) - 1):
         layers += [nn.GELU(), nn.Linear(output_width, output_width)]

@@ -89,6 +89,8 @@ class ViTConfig:
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"ViTConfig: hidden_size {self.hidden_size} is not a multiple of "
                              f"num_attention_heads {self.num_attention_heads}")
+        if not 0 <= self.num_hidden_layers <= 10_000:
+            raise ValueError(f"ViTConfig: num_hidden_layers {self.num_hidden_layers}; expected 0 to 10000")
         if self.hidden_act not in ACTIVATIONS:
             known = sorted(ACTIVATIONS)
             raise ValueError(f"ViTConfig: hidden_act {self.hidden_act!r}; expected one of {known}")
