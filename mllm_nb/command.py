@@ -21,6 +21,13 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+# %% ../nbs/appendix/command.ipynb #1478b05b
+def positive(text: str) -> int:
+    "The type of options that count something."
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number of at least 1")
+    return int(text)
+
 # %% ../nbs/appendix/command.ipynb #87a231f1
 @dataclass(frozen=True)
 class Command:
@@ -43,7 +50,7 @@ def run_parity(arguments: argparse.Namespace) -> int:
     from mllm_nb.parity import run_parity
     return run_parity(arguments.folder, arguments.system, arguments.kind)
 
-# %% ../nbs/appendix/command.ipynb #b4db1d3a
+# %% ../nbs/appendix/command.ipynb #ad8d6b59
 def data_arguments(parser: argparse.ArgumentParser) -> None:
     "The action `check` and its options."
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
@@ -52,7 +59,7 @@ def data_arguments(parser: argparse.ArgumentParser) -> None:
     check.add_argument("--images", metavar="DIR", help="the folder of the images (default: the file's own)")
     check.add_argument("--depth", choices=("none", "exists", "open", "decode"), default="open",
                        help="how deep to look at image files (default: open)")
-    check.add_argument("--limit", type=int, help="only the first records")
+    check.add_argument("--limit", type=positive, help="only the first records")
     check.add_argument("--all", action="store_true", help="every problem, not only the first ten of a kind")
 
 
@@ -63,7 +70,7 @@ def run_data(arguments: argparse.Namespace) -> int:
     report.print(None if arguments.all else 10)
     return 0 if report.ok else 1
 
-# %% ../nbs/appendix/command.ipynb #49c83a26
+# %% ../nbs/appendix/command.ipynb #543a8b33
 def quiet_bar(items, name: str):
     "A progress bar where somebody watches, nothing in a file."
     from tqdm import tqdm
@@ -74,13 +81,13 @@ def mixture_arguments(parser: argparse.ArgumentParser) -> None:
     "Options of `mllm mixture`."
     parser.add_argument("file", help="a mixture file: sources, threshold, ratios (JSON)")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the report and the mixture")
-    parser.add_argument("--total", type=int, help="how many records, instead of the file's or the largest number")
+    parser.add_argument("--total", type=positive, help="how many records, instead of the file's or the largest number")
     parser.add_argument("--seed", type=int, help="which records, instead of the file's")
     parser.add_argument("--images", choices=("names", "bytes", "pixels"), default="names",
                         help="when two pictures are the same: by name, by file, by looks (default: names)")
     parser.add_argument("--no-near", action="store_true", help="look for exact copies only")
     parser.add_argument("--survey", metavar="FILE", help="report.json of an earlier run on the same files")
-    parser.add_argument("--shards", type=int, metavar="N", help="write tar shards of N records, pictures included")
+    parser.add_argument("--shards", type=positive, metavar="N", help="write tar shards of N records, pictures included")
     parser.add_argument("--report-only", action="store_true", help="write the report and no records")
 
 # %% ../nbs/appendix/command.ipynb #a47477f8
@@ -105,7 +112,7 @@ def run_mixture(arguments: argparse.Namespace) -> int:
         print(f"mixture: --data {path} --images {root}")
     return 0 if len(plan) else 1
 
-# %% ../nbs/appendix/command.ipynb #4bc20f66
+# %% ../nbs/appendix/command.ipynb #facd6020
 def engine_arguments(parser: argparse.ArgumentParser) -> None:
     "The actions `run` and `rewrite` with their options."
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
@@ -118,7 +125,8 @@ def engine_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--between", type=float, default=1.0, metavar="S", help="seconds between requests (default: 1)")
     run.add_argument("--fields", help="fields of knowledge, divided by commas")
     for name in ("topics", "per-topic", "pictures", "questions"):
-        run.add_argument(f"--{name}", type=int, metavar="N", help="at most so many (pages of a topic: --per-topic)")
+        run.add_argument(f"--{name}", type=positive, metavar="N",
+                         help=f"at most so many {name}" if name != "per-topic" else "at most so many pages of a topic")
     run.add_argument("--until", default="records", help="stop after this step")
     rewrite = actions.add_parser("rewrite", help="long answers or creative conversations out of records")
     rewrite.add_argument("file", help="records as JSON or JSONL")
@@ -128,7 +136,7 @@ def engine_arguments(parser: argparse.ArgumentParser) -> None:
         action.add_argument("--endpoint", metavar="URL", help="an OpenAI-compatible address (default: templates)")
         action.add_argument("--model", default="default", help="the model's name there; key: OPENAI_API_KEY")
         action.add_argument("--see", action="store_true", help="send pictures to the model, too")
-        action.add_argument("--workers", type=int, default=1, help="questions asked at a time (default: 1)")
+        action.add_argument("--workers", type=positive, default=1, help="questions asked at a time (default: 1)")
         action.add_argument("--retry", action="store_true", help="try again what failed before")
 
 # %% ../nbs/appendix/command.ipynb #99a3fdcd
@@ -172,7 +180,7 @@ def run_engine(arguments: argparse.Namespace) -> int:
     print(f"in {arguments.out}: {'engine.jsonl, refused' if 'records' in counts else arguments.until}.jsonl")
     return 0 if counts[arguments.until]["ok"] else 1
 
-# %% ../nbs/appendix/command.ipynb #dc6a36d8
+# %% ../nbs/appendix/command.ipynb #2e045402
 def convert_arguments(parser: argparse.ArgumentParser) -> None:
     "FOLDER."
     parser.add_argument("folder", help="a model folder, or one .bin file, whose source you trust")
@@ -182,6 +190,8 @@ def run_convert(arguments: argparse.Namespace) -> int:
     "Convert, and print the new files."
     from mllm_nb.papers.llava import convert_folder, convert_pickle
     path = Path(arguments.folder)
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or folder")
     written = convert_folder(path) if path.is_dir() else [convert_pickle(path)]
     for file in written:
         print(file)
@@ -251,14 +261,14 @@ def run_doctor(arguments: argparse.Namespace) -> int:
     print("\n".join(map(extra_line, EXTRAS)))
     return 0 if all(installed(name) for name in NEEDED) else 1
 
-# %% ../nbs/appendix/command.ipynb #a7d3f574
+# %% ../nbs/appendix/command.ipynb #ee157683
 def tour_arguments(parser: argparse.ArgumentParser) -> None:
     "Options of `mllm tour`."
     parser.add_argument("systems", nargs="*", help="systems to train (default: all)")
     parser.add_argument("--out", default="runs/tour",
                         help="folder of report.html and results.json (default: runs/tour)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--questions", type=int, default=1000, help="held-out questions (default: 1000)")
+    parser.add_argument("--questions", type=positive, default=1000, help="held-out questions (default: 1000)")
 
 
 def run_tour(arguments: argparse.Namespace) -> int:
@@ -270,10 +280,10 @@ def run_tour(arguments: argparse.Namespace) -> int:
 
 def part_arguments(parser: argparse.ArgumentParser) -> None:
     "Options of `mllm part`."
-    parser.add_argument("name", choices=("language", "contrastive", "masked", "vqgan"), help="which part")
+    parser.add_argument("name", choices=("language", "contrastive", "masked", "vqgan", "lvm"), help="which part")
     parser.add_argument("--out", required=True, metavar="DIR",
                         help="folder of the run; the part is written to DIR/part")
-    parser.add_argument("--steps", type=int, help="instead of the recipe's number")
+    parser.add_argument("--steps", type=positive, help="instead of the recipe's number")
 
 
 def run_part(arguments: argparse.Namespace) -> int:
@@ -282,22 +292,34 @@ def run_part(arguments: argparse.Namespace) -> int:
     print(rebuild_part(arguments.name, arguments.out, arguments.steps))
     return 0
 
-# %% ../nbs/appendix/command.ipynb #983a568e
+# %% ../nbs/appendix/command.ipynb #61b7b4ed
 def claims_arguments(parser: argparse.ArgumentParser) -> None:
     "Options of `mllm claims`."
     parser.add_argument("--out", default="runs/claims", help="folder of claims.json (default: runs/claims)")
-    parser.add_argument("--system", default="llava", choices=("llava", "cambrian"), help="whose (default: llava)")
-    parser.add_argument("--seeds", type=int, default=3, help="how many seeds (default: 3)")
+    parser.add_argument("--system", default="llava", choices=("llava", "cambrian", "lvm"),
+                        help="whose (default: llava)")
+    parser.add_argument("--seeds", type=positive, default=3, help="how many seeds (default: 3)")
 
 
 def run_claims(arguments: argparse.Namespace) -> int:
     "Re-run a system's claims in miniature."
-    from mllm_nb.papers import cambrian, llava
+    from mllm_nb.papers import cambrian, llava, lvm
+    if arguments.system == "lvm":
+        lvm.run_claims(arguments.out, range(arguments.seeds))
+        return 0
     how = {} if arguments.system == "llava" else {"arms": cambrian.ARMS, "trainer": cambrian.train_miniature}
     llava.run_claims(arguments.out, range(arguments.seeds), **how)
     return 0
 
-# %% ../nbs/appendix/command.ipynb #3f3dfdcb
+# %% ../nbs/appendix/command.ipynb #b6438e11
+def ask() -> str:
+    "One question from the terminal; an empty one ends the talk, as does the end of the input."
+    try:
+        return input("question: ").strip()
+    except EOFError:
+        return ""
+
+# %% ../nbs/appendix/command.ipynb #11e8aaef
 def chat_arguments(parser: argparse.ArgumentParser) -> None:
     "Options of `mllm chat`."
     parser.add_argument("--model", required=True, metavar="DIR", help="a model folder, such as runs/tour/llava/model")
@@ -308,7 +330,7 @@ def chat_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vision-tower", metavar="DIR",
                         help="the encoder's folder, where the model's files do not hold it")
     parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--max-new-tokens", type=int, default=512)
+    parser.add_argument("--max-new-tokens", type=positive, default=512)
 
 
 def run_chat(arguments: argparse.Namespace) -> int:
@@ -316,14 +338,13 @@ def run_chat(arguments: argparse.Namespace) -> int:
     from mllm_nb.papers.llava import Chat
     chat = Chat.open(arguments.model, base=arguments.base, vision_tower=arguments.vision_tower)
     chat.look(arguments.image)
-    questions = [arguments.question] if arguments.question else iter(lambda: input("question: ").strip(), "")
-    for question in questions:
+    for question in iter(ask, "") if arguments.question is None else [arguments.question]:
         for piece in chat.ask(question, temperature=arguments.temperature, max_new_tokens=arguments.max_new_tokens):
             print(piece, end="", flush=True)
         print()
     return 0
 
-# %% ../nbs/appendix/command.ipynb #1af90fb6
+# %% ../nbs/appendix/command.ipynb #4056decd
 def train_arguments(parser: argparse.ArgumentParser) -> None:
     "Options of `mllm train`."
     parser.add_argument("--model", metavar="DIR", help="the model to train")
@@ -334,12 +355,14 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", default="llava-v1.5-7b",
                         help="a published recipe, also with its stage: cambrian-8b-stage2 (default: llava-v1.5-7b)")
     parser.add_argument("--stage", default="finetune", help="pretrain or finetune (default: finetune)")
-    parser.add_argument("--batch", type=int, help="samples of a global batch, instead of the recipe's")
-    parser.add_argument("--per-device", type=int, help="samples that fit into memory at once, instead of the recipe's")
+    parser.add_argument("--batch", type=positive, help="samples of a global batch, instead of the recipe's")
+    parser.add_argument("--per-device", type=positive,
+                        help="samples that fit into memory at once, instead of the recipe's")
     parser.add_argument("--learning-rate", type=float, help="instead of the recipe's")
-    parser.add_argument("--steps", type=int, help="updates, instead of the recipe's epochs")
+    parser.add_argument("--steps", type=positive, help="updates, instead of the recipe's epochs")
     parser.add_argument("--lora", action="store_true", help="adapters in the place of the language model's own weights")
-    parser.add_argument("--rank", type=int, help="of the adapters, alpha is twice as much (default: the recipe's 128)")
+    parser.add_argument("--rank", type=positive,
+                        help="of the adapters, alpha is twice as much (default: the recipe's 128)")
     parser.add_argument("--quantize", choices=("nf4", "int8"), help="keep the frozen language model in 4 or 8 bits")
     parser.add_argument("--optimizer", choices=("adamw", "adamw_8bit", "muon"), help="instead of AdamW")
     parser.add_argument("--plan", metavar="FILE", help="how many devices share the work, written by mllm plan --out")
@@ -352,15 +375,15 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vision-tower", metavar="DIR",
                         help="the encoder's folder, where the model's files do not hold it")
 
-# %% ../nbs/appendix/command.ipynb #a2699bf5
+# %% ../nbs/appendix/command.ipynb #cc8584c3
 def plan_arguments(parser: argparse.ArgumentParser) -> None:
     "Options of `mllm plan`."
     parser.add_argument("recipe", metavar="RECIPE", help="a published recipe, also with its stage: cambrian-8b-stage2")
     parser.add_argument("--stage", help="pretrain or finetune (default: the last)")
     parser.add_argument("--devices", metavar="WORDS", help="8xA100-80, 4x8xH100-80, T4, cpu (default: those here)")
-    parser.add_argument("--batch", type=int, help="samples of a global batch, instead of the recipe's")
-    parser.add_argument("--per-device", type=int, help="most samples at once on a device, instead of the recipe's")
-    parser.add_argument("--length", type=int, help="tokens of a row, instead of the recipe's")
+    parser.add_argument("--batch", type=positive, help="samples of a global batch, instead of the recipe's")
+    parser.add_argument("--per-device", type=positive, help="most samples at once on a device, instead of the recipe's")
+    parser.add_argument("--length", type=positive, help="tokens of a row, instead of the recipe's")
     parser.add_argument("--mean-tokens", type=float, help="of a sample, image included (default: image + 250)")
     parser.add_argument("--sharding", choices=("none", "ddp", "fsdp", "tp"), help="only plans of this kind")
     parser.add_argument("--recompute", action="store_true", help="only plans that compute activations twice")
@@ -404,23 +427,23 @@ def run_form(arguments: argparse.Namespace) -> int:
     from mllm_nb.papers.llava import convert_model
     return convert_model(arguments)
 
-# %% ../nbs/appendix/command.ipynb #2c694dd4
+# %% ../nbs/appendix/command.ipynb #5f979255
 def tokenize_arguments(parser: argparse.ArgumentParser) -> None:
     "Options of `mllm tokenize`."
     parser.add_argument("source", nargs="?", help="a folder of pictures and films, one film, or a list: a sentence a "
                         "line, its pictures divided by tabs")
-    parser.add_argument("--world", type=int, metavar="N", help="N pictures of the miniature world instead")
+    parser.add_argument("--world", type=positive, metavar="N", help="N pictures of the miniature world instead")
     parser.add_argument("--merge", nargs="+", metavar="DIR", help="merge the shards of these folders and check them")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the shards; a second call goes on there")
     parser.add_argument("--tokenizer", metavar="DIR", help="a VQGAN's folder (default: the shipped miniature)")
     parser.add_argument("--released", action="store_true", help="its weights are those of LVM or muse")
-    parser.add_argument("--side", type=int, help="pixels of the square (default: the tokenizer's)")
-    parser.add_argument("--frames", type=int, default=16, help="frames of a film in a sentence (default: 16)")
-    parser.add_argument("--stride", type=int, default=8, help="frames from one to the next (default: 8)")
+    parser.add_argument("--side", type=positive, help="pixels of the square (default: the tokenizer's)")
+    parser.add_argument("--frames", type=positive, default=16, help="frames of a film in a sentence (default: 16)")
+    parser.add_argument("--stride", type=positive, default=8, help="frames from one to the next (default: 8)")
     parser.add_argument("--kind", default="video", help="of sentences with several pictures (default: video)")
     parser.add_argument("--shard", default="1/1", metavar="I/N", help="make every N-th shard, from the I-th on")
-    parser.add_argument("--per-shard", type=int, default=100, help="items of a shard (default: 100)")
-    parser.add_argument("--batch", type=int, default=16, help="pictures encoded at once (default: 16)")
+    parser.add_argument("--per-shard", type=positive, default=100, help="items of a shard (default: 100)")
+    parser.add_argument("--batch", type=positive, default=16, help="pictures encoded at once (default: 16)")
     parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16", "float16", "auto"),
                         help="auto: half precision if it is faster and 99 percent of the words stay")
 
@@ -428,6 +451,8 @@ def tokenize_arguments(parser: argparse.ArgumentParser) -> None:
 def run_tokenize(arguments: argparse.Namespace) -> int:
     "Pictures to shards of picture words."
     from mllm_nb.data.tokenize import run_tokenize
+    if sum(bool(one) for one in (arguments.source, arguments.world, arguments.merge)) != 1:
+        raise ValueError("name one source of pictures: a folder, a film, a list, --world N or --merge DIR ...")
     return run_tokenize(arguments)
 
 # %% ../nbs/appendix/command.ipynb #ce1b47e2

@@ -52,6 +52,8 @@ def explain(error: BaseException, function: Callable) -> str:
     "One line for a learner: what `error` says, where, and what their code gave."
     condition, names = failing_assert(error, function)
     where = ast.unparse(condition) if condition is not None else ""
+    if isinstance(error, TypeError) and "NoneType" in str(error):
+        return "nothing is returned yet (None)" + (f", in: {where}" if where else "")
     if not isinstance(error, AssertionError):
         return f"{type(error).__name__}: {error}" + (f", in: {where}" if where else "")
     if str(error):

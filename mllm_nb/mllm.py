@@ -386,11 +386,15 @@ def weight_files(folder: str | Path) -> list[Path]:
     hint = f" The pickle {pickles[0]} is not opened, as a pickle can run any code: convert it first." if pickles else ""
     raise WeightsError(f"{folder}: found no model.safetensors and no model.safetensors.index.json.{hint}")
 
-# %% ../nbs/3_connect/5_mllm.ipynb #daae3ecf
+# %% ../nbs/3_connect/5_mllm.ipynb #c7f8ed78
 def read_json(path: str | Path) -> dict[str, Any]:
     "A JSON object from a file. Raises WeightsError that names the file."
+    path = Path(path)
+    if not path.exists():
+        raise WeightsError(f"{path.parent}: found no {path.name}" if path.parent.is_dir()
+                           else f"{path.parent}: no such folder")
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"{path}: cannot be read as JSON ({error})") from None
     if not isinstance(value, dict):

@@ -8,10 +8,11 @@ __all__ = ['BLACK', 'ORANGE', 'SKY', 'GREEN', 'YELLOW', 'BLUE', 'RED', 'PINK', '
            'show_strip', 'show_flow', 'show_lines', 'read_metrics', 'smoothed', 'learning_curves', 'accuracy_bars',
            'show_heat']
 
-# %% ../nbs/appendix/plots.ipynb #9c0b34b9
+# %% ../nbs/appendix/plots.ipynb #5fbf8b3e
 import functools
 import json
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,6 +95,8 @@ def show_images(pictures: Sequence[Any], captions: Sequence[str] = (), columns: 
     "Pictures in a grid (anything that `array_of` takes), each with its caption; `size` in inches."
     columns = columns or min(len(pictures), max(1, int(7.5 / size)))
     rows = math.ceil(len(pictures) / columns)
+    letters = int(min(columns * size, 7.5) / columns * 13)              # of a line as wide as a picture
+    captions = ["\n".join(textwrap.fill(line, letters) for line in caption.split("\n")) for caption in captions]
     shapes = [array_of(picture).shape for picture in pictures]
     tall = sum(max(shape[0] / shape[1] for shape in shapes[row * columns:][:columns]) for row in range(rows))
     lines = max([1 + caption.count("\n") for caption in captions], default=0)

@@ -113,3 +113,24 @@ def test_errors_are_one_line_and_debug_raises(monkeypatch, capsys):
     assert capsys.readouterr().err == "mllm broken: a reason\n"
     with pytest.raises(ValueError, match="a reason"):
         command.main(["--debug", "broken"])
+
+
+@pytest.mark.parametrize("line, said", [
+    ("part vqgan --steps 0 --out {0}", "at least 1"), ("claims --seeds -1 --out {0}", "at least 1"),
+    ("tour --questions x --out {0}", "whole number"), ("tokenize --out {0}", "name one source"),
+    ("tokenize a.png --world 3 --out {0}", "name one source"), ("convert {0}/nowhere", "no such file or folder"),
+    ("merge {0}/nowhere --out {0}/out", "nowhere: no such folder")])
+def test_foolish_arguments_get_one_line(line, said, tmp_path, capsys):
+    try:
+        status = command.main([word.format(tmp_path) for word in line.split()])
+    except SystemExit as stopped:                 # argparse's own way
+        status = stopped.code
+    assert status == 2 and said in capsys.readouterr().err.splitlines()[-1]
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_talk_ends_with_the_input(monkeypatch):
+    def closed(prompt):
+        raise EOFError
+    monkeypatch.setattr("builtins.input", closed)
+    assert command.ask() == ""

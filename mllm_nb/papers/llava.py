@@ -789,11 +789,11 @@ ARMS = {   # what each arm changes; the first is the system as it is
 CLAIMS = {"two stages beat one": "one stage", "an MLP beats a linear connector": "linear connector",
           "a better language model makes a better model": "weaker language model"}
 
-# %% ../../nbs/9_papers/1_llava.ipynb #57aa811d
+# %% ../../nbs/9_papers/1_llava.ipynb #cab07f10
 def run_claims(folder: str | Path, seeds: Sequence[int] = (0, 1, 2), questions: int = 500, arms: Mapping = ARMS,
                trainer: Callable[..., Trained] = train_miniature, **changes) -> dict[str, list[float]]:
     """Accuracy of every arm for every seed. `claims.json` is written after each run; finished runs are not repeated.
-    `arms`: what each changes in `trainer`; those of LLaVA are trained at less than half of the tour's steps."""
+    `arms`: what each changes in `trainer`; those of LLaVA are trained for two thirds of the tour's steps."""
     file = Path(folder) / "claims.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(file.read_text()) if file.exists() else {}
