@@ -280,3 +280,37 @@ def test_a_wrapped_layer_is_obeyed_at_every_step():
         for _ in range(12):
             written = torch.cat([written, decoder(decoder.embed(written))[:, -1:].argmax(-1)], dim=1)
     assert generate(decoder, ids, max_new_tokens=12) == written[:, 8:].tolist()
+
+
+SMALL = DecoderConfig(97, 64, 88, 2, 4)
+
+
+@pytest.mark.parametrize("change, reason", [
+    ({"max_new_tokens": -1}, "max_new_tokens: found -1"), ({"max_new_tokens": 2.5}, "max_new_tokens: found 2.5"),
+    ({"input_ids": torch.zeros(2, 0, dtype=torch.long)}, r"shape \(2, 0\)"), ({"input_ids": torch.zeros(3, dtype=torch.long)}, r"shape \(3,\)")])
+def test_prompts_that_make_no_sense(change, reason):
+    with pytest.raises(ValueError, match=reason):
+        generate(Decoder(SMALL), **{"input_ids": torch.ones(2, 3, dtype=torch.long), "max_new_tokens": 2} | change)
+
+
+def test_stop_ids_may_be_a_tensor_and_zero_new_tokens_are_none():
+    decoder, prompt = Decoder(SMALL), torch.ones(1, 3, dtype=torch.long)
+    first = generate(decoder, prompt, max_new_tokens=5)[0][0]
+    assert generate(decoder, prompt, max_new_tokens=5, stop_ids=torch.tensor([first])) == [[first]]
+    assert generate(decoder, prompt, max_new_tokens=0) == [[]]
+
+
+def test_weights_that_are_no_numbers_give_an_error_instead_of_words():
+    decoder = Decoder(SMALL)
+    decoder.model.norm.weight.data[0] = float("nan")
+    for sampling in (Sampling(), Sampling(temperature=1.0)):
+        with pytest.raises(ValueError, match="NaN"):
+            generate(decoder, torch.ones(2, 3, dtype=torch.long), max_new_tokens=2, sampling=sampling)
+
+
+def test_the_coldest_temperatures_are_greedy():
+    scores = torch.randn(4, 50, generator=torch.Generator().manual_seed(0)) * 20
+    cold = next_token_probabilities(scores, Sampling(temperature=1e-38))
+    assert torch.equal(cold.argmax(dim=-1), scores.argmax(dim=-1)) and torch.equal(cold.sum(dim=-1), torch.ones(4))
+    with pytest.raises(ValueError, match="temperature: found nan"):
+        Sampling(temperature=float("nan"))

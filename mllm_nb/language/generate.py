@@ -6,10 +6,11 @@
 __all__ = ['PANEL', 'show_cache', 'Sampling', 'keep_top_k', 'keep_top_p', 'next_token_probabilities', 'choose', 'show_choices',
            'huge_pages', 'Panels', 'panel_product', 'fingerprints', 'PackedDecoder', 'why_not_packed', 'generate']
 
-# %% ../../nbs/2_read/4_generate.ipynb #1718d4ce
+# %% ../../nbs/2_read/4_generate.ipynb #0c5533a6
 import mmap
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from numbers import Integral
 from weakref import WeakKeyDictionary
 
 import torch
@@ -49,7 +50,7 @@ class Sampling:
     below: int | None = None      # only ids below this: LVM's picture words, and not the special ids behind them
 
     def __post_init__(self):
-        if self.temperature < 0:
+        if not self.temperature >= 0:
             raise ValueError(f"Sampling.temperature: found {self.temperature}, expected 0 (greedy) or more")
         if self.below is not None and self.below < 1:
             raise ValueError(f"Sampling.below: found {self.below}, expected at least 1")
@@ -78,7 +79,8 @@ def next_token_probabilities(
     logits: Float[Tensor, "batch vocabulary"], sampling: Sampling,
 ) -> Float[Tensor, "batch vocabulary"]:
     "Temperature first, then top-k, then top-p: the order of `transformers`."
-    logits = logits.float() / sampling.temperature
+    logits = logits.float()
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / sampling.temperature   # the best is 0: nothing overflows
     if sampling.top_k is not None:
         logits = keep_top_k(logits, sampling.top_k)
     if sampling.top_p is not None:
@@ -373,7 +375,18 @@ def _start(decoder, embeddings: Float[Tensor, "batch sequence width"], mask: Boo
 def _bytes(module: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in module.parameters())
 
-# %% ../../nbs/2_read/4_generate.ipynb #99c3d9f7
+# %% ../../nbs/2_read/4_generate.ipynb #29fa1880
+def check_prompt(input_ids: Tensor | None, embeddings: Tensor | None, new: int) -> None:
+    "ValueError for no prompt or two, one that is no filled table of rows, and fewer than 0 new tokens."
+    if (input_ids is None) == (embeddings is None):
+        raise ValueError("generate: expected either input_ids or embeddings")
+    shape = tuple(input_ids.shape if embeddings is None else embeddings.shape[:-1])
+    if len(shape) != 2 or (shape[0] and not shape[1]):
+        raise ValueError(f"generate: found a prompt of shape {shape}, expected rows of at least one token")
+    if not isinstance(new, Integral) or new < 0:
+        raise ValueError(f"generate, max_new_tokens: found {new!r}, expected a whole number of at least 0")
+
+# %% ../../nbs/2_read/4_generate.ipynb #fd8f2cad
 @torch.inference_mode()
 def generate(
     decoder,
@@ -394,20 +407,21 @@ def generate(
     all but the last new token afterwards. Raises ValueError for a prompt given twice or not at all, padding behind a
     token or with a cache, and `pack` where impossible.
     """
-    if (input_ids is None) == (embeddings is None):
-        raise ValueError("generate: expected either input_ids or embeddings")
+    check_prompt(input_ids, embeddings, max_new_tokens)
     if embeddings is None:
         embeddings = (decoder.decoder if isinstance(decoder, PackedDecoder) else decoder).embed(input_ids)
     mask = _checked_mask(mask, *embeddings.shape[:2])
     if mask is not None and cache is not None:
         raise ValueError("generate, cache: found a padded prompt, expected rows without padding")
     step = _start(decoder, embeddings, mask, max_new_tokens, pack, cache, sampling.below)
-    return _write(step, embeddings, max_new_tokens, set(stop_ids), sampling, streamer)
+    return _write(step, embeddings, max_new_tokens, {int(token) for token in stop_ids}, sampling, streamer)
 
-# %% ../../nbs/2_read/4_generate.ipynb #aa3f30eb
+# %% ../../nbs/2_read/4_generate.ipynb #78f420c9
 def _write(step, embeddings: Float[Tensor, "batch sequence width"], new: int, stop_ids: set[int], sampling: Sampling,
            streamer: Callable[[int, int], bool | None] | None) -> list[list[int]]:
-    "Choose and step until every row has ended."
+    "Choose and step until every row has ended. Raises ValueError where the first scores are no numbers."
+    if step.logits.isnan().any():
+        raise ValueError("generate: found scores that are no numbers (NaN); are there NaN among weights or embeddings?")
     generator = None
     if sampling.seed is not None:
         generator = torch.Generator(embeddings.device).manual_seed(sampling.seed)
