@@ -9,13 +9,15 @@ WORKERS ?= 2
 ALONE = OMP_NUM_THREADS=1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help tour test test-floor lab notebooks export clean
+TPU = .venv-tpu/.ready
+.PHONY: help tour test test-floor test-tpu lab notebooks export clean
 
 help:
 	@echo 'make tour        train the miniature systems on this machine, answer questions, write runs/tour/report.html'
 	@echo 'make test        tests, every notebook, library-in-sync check and notebook lint (WORKERS=2)'
 	@echo 'make lab         open the book in JupyterLab'
 	@echo 'make test-floor  the same tests with the oldest supported versions, in .venv-floor'
+	@echo 'make test-tpu    the XLA lane on virtual devices of the processor, in .venv-tpu (a download of 3 GB)'
 	@echo 'make notebooks   run notebooks and store their outputs (NB="nbs/1_see/2_patches.ipynb ...", default: all)'
 	@echo 'make export      write the library, the stubs of the exercises and the tables of the book from the notebooks'
 
@@ -27,6 +29,9 @@ test: $(READY)
 
 test-floor: $(FLOOR)
 	@$(ALONE) MLLM_NB_FLOOR=1 .venv-floor/bin/python -m pytest -n $(WORKERS) $(TESTS)
+
+test-tpu: $(TPU)
+	@$(ALONE) .venv-tpu/bin/python -m pytest -s tests/tpu
 
 lab: $(READY)
 	@.venv/bin/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) nbs/index.ipynb
@@ -40,7 +45,7 @@ export: $(READY)
 	@.venv/bin/python tests/book_table.py
 
 clean:
-	rm -rf .venv .venv-floor build dist runs *.egg-info
+	rm -rf .venv .venv-floor .venv-tpu build dist runs *.egg-info
 
 # one install; the stamp is older than settings.ini or constraints.txt only when they changed
 define install
@@ -56,3 +61,9 @@ $(READY): settings.ini constraints.txt setup.py pyproject.toml
 
 $(FLOOR): settings.ini tests/floor.txt setup.py pyproject.toml
 	$(call install,.venv-floor,-c tests/floor.txt)
+
+$(TPU): settings.ini setup.py pyproject.toml
+	@echo 'Setting up .venv-tpu: PyTorch/XLA needs exactly PyTorch 2.9 ...'
+	@$(PYTHON) -m venv .venv-tpu
+	@.venv-tpu/bin/python -m pip install -qq -e '.[tpu]' pytest tqdm
+	@touch $(TPU)

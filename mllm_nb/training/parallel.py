@@ -790,7 +790,7 @@ def state_bytes(sizes: Sizes, plan: Plan) -> tuple[int, int, int]:
         return int((stacked + rest) * share), int(4 * trained * share), int(8 * trained * share)
     return int(stacked + rest), 4 * trained, 8 * trained
 
-# %% ../../nbs/6_train/4_parallel.ipynb #83aa6077
+# %% ../../nbs/6_train/4_parallel.ipynb #b4a55134
 def show_memory(memories: Mapping[str, Memory], limit: float | None = None) -> "Figure":
     "Stacked bars of bytes by kind, and a line where the device's memory ends (GB)."
     from mllm_nb.plots import RED, SERIES, canvas
@@ -805,7 +805,7 @@ def show_memory(memories: Mapping[str, Memory], limit: float | None = None) -> "
     if limit:
         axis.axvline(limit, color=RED, linewidth=2)
     axis.set(yticks=range(len(memories)), yticklabels=memories, ylim=(len(memories) - 0.4, -0.6), xlabel="GB a device")
-    axis.legend(loc="upper right", fontsize=8)
+    axis.legend(loc="lower right", fontsize=8)
     return figure
 
 # %% ../../nbs/6_train/4_parallel.ipynb #4037b84e
