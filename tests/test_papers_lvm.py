@@ -9,8 +9,9 @@ from mllm_nb.drawing.vqgan import load_vqgan
 from mllm_nb.language.decoder import Decoder
 from mllm_nb.language.generate import Sampling, generate
 from mllm_nb.papers.lvm import (
-    SIZES, WORDS, AnalogyBatches, analogies, draw, examine, export_lvm, fingerprint, load_lvm, lvm_config, next_word_loss,
-    pairs_of, parameters_of, small_config, train_miniature)
+    ARMS, FRAMES, NEXT, SIZES, SIZE_ARMS, WORDS, AnalogyBatches, analogies, draw, examine, export_lvm, films_of,
+    fingerprint, load_lvm, lvm_config, next_word_loss, pairs_of, parameters_of, power_law, rebuild_lvm,
+    run_claims, show_claims, small_config, train_miniature, verdicts)
 from mllm_nb.drawing.visual_sentences import Shards
 from mllm_nb.samples import samples_path
 
@@ -91,3 +92,56 @@ def test_a_few_steps_teach_and_are_examined(tmp_path):
     facts = examine(trained, {"edges": pairs_of("held_out")["edges"]}, each=2)["edges"]
     assert set(facts) == {"drawn", "copy question", "copy last answer", "perplexity"}
     assert json.dumps(facts) and facts["perplexity"] > 1
+
+
+def test_films_are_of_the_shipped_tokenizer_and_go_on():
+    films = films_of("held_out")
+    assert films.shape[1:] == (FRAMES, WORDS) and films.max() < 512 and len(films_of("train")) > len(films)
+    task, words = next(analogies({NEXT: films}, 4, seed=0))
+    assert task == NEXT and any(torch.equal(words, film) for film in films)
+    first, later = (films[:, 0] == films[:, 1]).float().mean(), (films[:, 0] == films[:, 1].roll(1, 0)).float().mean()
+    assert first > later + .1                       # neighbours in time are more alike than strangers
+
+
+def test_the_shipped_small_lvm_writes_and_knows_its_tasks():
+    from mllm_nb.evaluation.visual import word_losses
+    decoder, codes = load_lvm(samples_path("mini", "lvm")), load_vqgan().config.num_embeddings
+    assert decoder.config.vocab_size == codes + 3
+    words = pairs_of("held_out")["segmentation"][:8].reshape(2, 8, WORDS)
+    losses = word_losses(decoder, words, codes + 1)
+    assert losses.mean() < 3.5 and losses[:, 1::2].mean() < losses[:, ::2].mean()   # answers are easier than questions
+
+
+def test_power_law():
+    factor, exponent = power_law([1e4, 1e5, 1e6], [8 * size ** -.1 for size in (1e4, 1e5, 1e6)])
+    assert abs(factor - 8) < 1e-6 and abs(exponent - .1) < 1e-9
+
+
+def facts(loss: float, parameters: int, error: float, late: float) -> dict:
+    task = {"perplexity": 9.0, "error": error, "best": error, "copy_question": 2.0, "copy_last_answer": 1.0,
+            "shots": [5.0, 4.0, 3.9, late]}
+    return {"parameters": parameters, "loss": loss, "seconds": 1.0, "tasks": {"depth": task, "edges": task}}
+
+
+def test_verdicts_are_positive_where_claims_hold(capsys):
+    sizes = {name: {seed: facts(4 - .2 * n, 10 ** (4 + n), .5, 3.5) for seed in "01"} for n, name in enumerate(SIZE_ARMS)}
+    good = sizes | {"one task": {seed: facts(4, 1, .5, 3.6) for seed in "01"}, "mixed tasks": {seed: facts(4, 1, .5, 3.1) for seed in "012"}}
+    found = verdicts(good)
+    assert all(len(values) == 2 and min(values) > 0 for values in found.values())
+    bad = {name: {seed: facts(4, 10 ** (4 + n), 1.5, 4.5) for seed in "01"} for n, name in enumerate(ARMS)}
+    assert all(max(values) <= 1e-9 for values in verdicts(bad).values())
+    show_claims(good)
+    assert capsys.readouterr().out.count("holds") == 3
+
+
+def test_claims_are_resumed(tmp_path, capsys):
+    arms = {"small": {"width": 32, "layers": 1, "films": True, "rows": 1, "shots": 4}}
+    first = run_claims(tmp_path, (0,), arms, steps=2, each=1)
+    assert set(first["small"]["0"]["tasks"]) == {*ANNOTATIONS, NEXT} and first["small"]["0"]["parameters"] == 53_344
+    capsys.readouterr()
+    assert run_claims(tmp_path, (0,), arms, steps=2, each=1) == first and capsys.readouterr().out == ""
+
+
+def test_the_small_lvm_is_rebuilt(tmp_path):
+    rebuild_lvm(tmp_path / "run", tmp_path / "part", steps=2)
+    assert load_lvm(tmp_path / "part").config.num_hidden_layers == 3

@@ -364,12 +364,13 @@ def rebuild_contrastive(folder: Path, target: Path, steps: int | None) -> None:
     vit = pretrain_contrastive(folder, steps or 2000)
     Tower(TowerConfig("contrastive", vit.config, MINIATURE_IMAGES), vit).half().save_pretrained(target)
 
-# %% ../../nbs/6_train/6_miniatures.ipynb #b0439298
+# %% ../../nbs/6_train/6_miniatures.ipynb #9d18e8cb
 BUILDERS = {   # part -> function of the run's folder, the part's folder and the number of steps (None: the recipe's)
     "language": "mllm_nb.training.miniatures:rebuild_language",
     "contrastive": "mllm_nb.training.miniatures:rebuild_contrastive",
     "masked": "mllm_nb.training.encoders:rebuild_masked",
     "vqgan": "mllm_nb.papers.lvm:rebuild_vqgan",
+    "lvm": "mllm_nb.papers.lvm:rebuild_lvm",
 }
 
 
