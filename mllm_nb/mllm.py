@@ -41,6 +41,9 @@ def splice(words: Float[Tensor, "batch sequence width"], table: Float[Tensor, "r
     rows = torch.where(image_index == NEWLINE, len(table) - 1, image_index).clamp(min=0)
     # elsewhere the check would wait for the device, and a compiler cannot follow it
     checked = rows.device.type == "cpu" and not torch.compiler.is_compiling()
+    if checked and rows.numel() and image_index.min() < NEWLINE:
+        raise IndexError(f"image_index: found {image_index.min().item()}, expected {NEWLINE} (newline), {TEXT} (word) "
+                         "or a row")
     if checked and rows.numel() and rows.max() >= len(table):
         raise IndexError(f"image_index: found row {rows.max().item()}, expected less than {len(table) - 1} "
                          "(the visual tokens of the views given)")
@@ -239,7 +242,7 @@ def in_dtype_of(module: nn.Module, features: list[Features]) -> list[Features]:
     def cast(tensor: Tensor | None): return None if tensor is None else tensor.to(dtype)
     return [replace(one, grid=cast(one.grid), prefix=cast(one.prefix)) for one in features]
 
-# %% ../nbs/3_connect/5_mllm.ipynb #4b0bcf55
+# %% ../nbs/3_connect/5_mllm.ipynb #57a867b0
 def _has_images(pixels: Sequence[Tensor | Features], image_index: Int[Tensor, "batch sequence"] | None) -> bool:
     "Are there images to splice in? ValueError if there are pixels without places, or (seen on the CPU) the reverse."
     if len(pixels):
@@ -252,6 +255,13 @@ def _has_images(pixels: Sequence[Tensor | Features], image_index: Int[Tensor, "b
         found = (image_index != TEXT).sum().item()
         raise ValueError(f"image_index: found {found} image places, expected none without pixels")
     return False
+
+
+def _check_words(input_ids: Int[Tensor, "batch sequence"]) -> None:
+    "ValueError (on the CPU) for an image's id among words, where nothing would take its place."
+    seen = input_ids.device.type == "cpu" and not torch.compiler.is_compiling()
+    if seen and input_ids.numel() and input_ids.min() < 0:
+        raise ValueError(f"input_ids: found {input_ids.min().item()}, expected words alone, as there are no pixels")
 
 # %% ../nbs/3_connect/5_mllm.ipynb #d375c1d9
 class Parts(nn.Module):
@@ -300,7 +310,7 @@ class Parts(nn.Module):
         tokens = rearrange(tokens, "views tokens width -> (views tokens) width")
         return torch.cat([tokens, newline[None].to(tokens)])
 
-# %% ../nbs/3_connect/5_mllm.ipynb #7e9dc705
+# %% ../nbs/3_connect/5_mllm.ipynb #bbe7adb7
 class MLLM(Parts):
     "A multimodal language model (LLaVA: Liu 2023, section 4.1)."
     @contextmanager
@@ -309,6 +319,7 @@ class MLLM(Parts):
         "Gives the embeddings; while inside, samplers work in the language model, if there are any."
         words = self.language.embed(input_ids.clamp(min=0))
         if not _has_images(pixels, image_index):
+            _check_words(input_ids)
             yield words
             return
         seen = self.look(pixels, image_sizes)

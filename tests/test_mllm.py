@@ -400,3 +400,10 @@ def test_a_tied_head_may_be_stored_twice_and_integers_are_no_weights(tmp_path):
     change_weights(tmp_path, lambda tensors: tensors.update({"model.norm.weight": torch.ones(16, dtype=torch.int64)}))
     with pytest.raises(WeightsError, match="model.norm.weight: found torch.int64, expected numbers like torch.float32"):
         MLLM.from_pretrained(tmp_path)
+
+
+def test_an_image_s_id_without_an_image_is_refused(model):
+    with pytest.raises(ValueError, match="input_ids: found -200, expected words alone"):
+        model(torch.tensor([[1, -200, 3]]))
+    with pytest.raises(IndexError, match="image_index: found -3, expected -2"):
+        splice(torch.zeros(1, 2, 4), torch.zeros(3, 4), torch.tensor([[-1, -3]]))
