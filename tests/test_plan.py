@@ -79,6 +79,38 @@ def test_memory_of_each_of_two_processes_is_within_15_percent(sharding):
         assert abs(predicted.peak / found - 1) < 0.15, (found / 1e6, predicted)
 
 
+WHOLE = """
+import json, resource, sys, tempfile
+sys.path.insert(0, sys.argv[1])
+import torch, torch._dynamo
+torch.set_num_threads(1)
+from test_plan import (Plan, ParameterGroup, SEEN, Task, TrainingConfig, World, miniature, parallel, sizes_of, train)
+from mllm_nb.data.batches import Batches, BatchSettings
+from mllm_nb.planner import resident_bytes
+model, processor = miniature("llava")
+here = resident_bytes() - sum(parameter.numel() * 4 for parameter in model.parameters())
+groups = ParameterGroup(f"{SEEN}|language.*", frozen=False), ParameterGroup("*", frozen=True)
+batches = Batches(World(seed=3, length=160, view="conversation"), processor, BatchSettings(256, 16))
+plan = Plan(16, 16)
+sample = sum(map(int, batches.sizes.lengths)) / len(batches.sizes.lengths)
+task = Task(sizes_of(model, groups), 16, 16, 256, 3, sample, supervised=0.1, packed=True)
+found = task.estimate(plan, parallel.read_devices("cpu")[2], runtime=here + 60_000_000)
+config = plan.config(TrainingConfig(groups=groups, max_steps=3, progress=False, save=False))
+train(model, batches, config, tempfile.mkdtemp(), plan=plan.device_plan())
+print(json.dumps([found.memory.peak, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
+"""
+
+
+def test_memory_of_a_whole_program_is_within_15_percent(tmp_path):
+    "What the operating system says a training program took at most, libraries and gaps included."
+    (tmp_path / "whole.py").write_text(WHOLE)
+    done = subprocess.run([sys.executable, tmp_path / "whole.py", os.path.dirname(__file__)], capture_output=True,
+                          text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    predicted, found = json.loads(done.stdout.splitlines()[-1])
+    assert abs(predicted / found - 1) < 0.15, (predicted / 1e6, found / 1e6)
+
+
 # --- plans
 
 SEVEN = Sizes(32, 4096, 4096, 11008, 32000, 32, 6_476_005_376, 202_383_360, 566_000_000, 6_476_005_376, 285_000_000,
