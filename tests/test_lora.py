@@ -589,12 +589,19 @@ def test_train_merge_export_and_chat(folders, tmp_path, capsys):
 
 @pytest.mark.parametrize("options, message", [
     (["--recipe", "nothing"], "--recipe: found nothing, expected one of"), (["--stage", "middle"], "expected one of pretrain, finetune"),
-    (["--stage", "pretrain", "--lora"], "expected the language model among them"), (["--rank", "-3"], "found rank -3")])
+    (["--stage", "pretrain", "--lora"], "expected the language model among them")])
 def test_wrong_options_are_one_line(options, message, folders, tmp_path, capsys):
     records = write_records(tmp_path, 1)
     arguments = ["train", "--model", str(folders[0] / "base"), "--data", str(records), "--out", str(tmp_path / "run"), *options]
     assert command.main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [["--rank", "-3"], ["--quantize", "fp4"], ["--optimizer", "sgd"]])
+def test_options_that_cannot_be(options, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command.main(["train", "--model", "m", "--data", "d", "--out", "o", *options])
+    assert stop.value.code == 2 and options[0] in capsys.readouterr().err
 
 
 def test_a_missing_extra_is_named(monkeypatch, model_and_batches):
