@@ -95,8 +95,8 @@ def stage_task(recipe: Recipe, stage: Stage, **changes: Any) -> Task:
     fill = {"mean_tokens": min(stage.context_length, image + 250)}
     return Task.of(stage, sizes, **fill | {name: value for name, value in changes.items() if value is not None})
 
-# %% ../nbs/appendix/planner.ipynb #ebd180a4
-MACHINES = ("RTX4090", "A100-80", "8xA100-80", "8xH100-80", "8x8xH100-80")
+# %% ../nbs/appendix/planner.ipynb #47605d45
+MACHINES = ("RTX4090", "A100-80", "8xA100-80", "8xH100-80", "8x8xH100-80", "4x4xTPUv5p")
 
 
 def machine_line(task: Task, machine: str, arguments: str, **fixed: Any) -> str:
@@ -156,7 +156,7 @@ def estimate_for(arguments: Any) -> tuple[Recipe, Stage, Estimate]:
     runtime = resident_bytes() + 60_000_000 if hardware.kind == "cpu" else None
     return recipe, stage, best_plan(task, hardware, devices, hosts, arguments.utilization, runtime, **fixed)
 
-
+# %% ../nbs/appendix/planner.ipynb #2cce38fb
 def run_plan(arguments: Any) -> int:
     "The work of `mllm plan`."
     recipe, stage, found = estimate_for(arguments)
@@ -185,7 +185,7 @@ def data_lines(file: str | None, images: str | None) -> tuple[list[str], bool]:
              + ("all can be trained on" if report.ok else f"{len(report.skip):,} bad ones")]
     return lines + [f"            {records.where(number)}" for number in report.skip[:5]], report.ok
 
-# %% ../nbs/appendix/planner.ipynb #ddf1052a
+# %% ../nbs/appendix/planner.ipynb #05b9c67c
 def dry_run(arguments: Any) -> int:
     "The work of `mllm train --dry-run`: 0 if a run could begin, 1 if data are bad."
     recipe, stage = chosen(arguments)
@@ -201,7 +201,7 @@ def dry_run(arguments: Any) -> int:
     print("\n".join(lines))
     if arguments.plan:
         print(f"plan        {Plan.load(arguments.plan)}")
-    own = " ".join([f"--recipe {recipe.name} --stage {stage.name}", f"--model {arguments.model or 'MODEL'}",
+    own = " ".join([f"--recipe {recipe.name} --stage {stage.name} --batch {batch}", f"--model {arguments.model or 'MODEL'}",
                     f"--data {arguments.data or 'DATA'}", f"--out {arguments.out or 'RUN'}"])
     print("\n".join(machine_line(task, machine, own) for machine in MACHINES))
     print(f"plans are written by: mllm plan {recipe.name} --stage {stage.name} --devices MACHINE --out FILE")

@@ -952,12 +952,13 @@ class Task:
             memory = replace(memory, runtime=runtime + gaps, peak=memory.peak + gaps)
         return Estimate(plan, memory, hardware, seconds, tokens, self.steps)
 
-# %% ../../nbs/6_train/4_parallel.ipynb #680bb758
+# %% ../../nbs/6_train/4_parallel.ipynb #45a8cd2d
 def possible_plans(task: Task, hardware: Hardware, devices: int, hosts: int = 1, **fixed: Any) -> list[Plan]:
     "All plans for these devices with the task's batch; `fixed` holds fields of Plan that may not change."
     usual = "fp32" if hardware.kind == "cpu" else "bf16" if hardware.bf16 else "fp16"
+    kinds = ["none"] if devices == 1 else ["fsdp"] if hardware.kind == "xla" else ["ddp", "fsdp"]
     found = []
-    for sharding in [fixed["sharding"]] if "sharding" in fixed else ["none"] if devices == 1 else ["ddp", "fsdp"]:
+    for sharding in [fixed["sharding"]] if "sharding" in fixed else kinds:
         shares = 1 if sharding in ("none", "tp") else devices
         split_batch(task.global_batch, shares, 1)   # refuses what does not divide, and says what would
         share = task.global_batch // shares
@@ -965,7 +966,8 @@ def possible_plans(task: Task, hardware: Hardware, devices: int, hosts: int = 1,
         sizes = [fixed["micro_batch"]] if "micro_batch" in fixed else range(min(task.most, share), 0, -1)
         for micro in (size for size in sizes if share % size == 0):
             for again, away in ((False, False), (True, False), (True, True)):
-                fields = {"precision": precision, "recompute": again, "offload": away and sharding == "fsdp",
+                away = away and sharding == "fsdp" and hardware.kind != "xla"
+                fields = {"precision": precision, "recompute": again, "offload": away,
                           "device": hardware.kind, "hosts": hosts} | fixed
                 fields |= {"sharding": sharding, "micro_batch": micro, "accumulation": share // micro}
                 found.append(Plan(task.global_batch, world_size=devices, **fields))
