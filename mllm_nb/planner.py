@@ -202,7 +202,8 @@ def dry_run(arguments: Any) -> int:
     if arguments.plan:
         print(f"plan        {Plan.load(arguments.plan)}")
     own = " ".join([f"--recipe {recipe.name} --stage {stage.name} --batch {batch}",
-                    f"--model {arguments.model or 'MODEL'}", f"--data {arguments.data or 'DATA'}", f"--out {arguments.out or 'RUN'}"])
+                    f"--model {arguments.model or 'MODEL'}", f"--data {arguments.data or 'DATA'}",
+                    f"--out {arguments.out or 'RUN'}"])
     print("\n".join(machine_line(task, machine, own) for machine in MACHINES))
     print(f"plans are written by: mllm plan {recipe.name} --stage {stage.name} --devices MACHINE --out FILE")
     return 0 if good else 1
