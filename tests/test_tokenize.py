@@ -312,10 +312,12 @@ def test_an_index_that_cannot_be_read_is_named(tmp_path):
         check_shards(tmp_path)
 
 
-@pytest.mark.parametrize("option", ["--per-shard", "--batch", "--frames", "--stride"])
-def test_numbers_below_one_are_refused(tmp_path, capsys, option):
-    assert run("--world", 3, "--out", tmp_path / "out", option, 0) == 2
-    assert f"{option.removeprefix('--')}: found 0, expected at least 1" in capsys.readouterr().err
+@pytest.mark.parametrize("name", ["per_shard", "batch", "frames", "stride", "side"])
+def test_numbers_below_one_are_refused(name):
+    with pytest.raises(ValueError, match=f"{name.replace('_', '-')}: found 0, expected at least 1"):
+        plan([], tiny(), **{name: 0})
+    with pytest.raises(SystemExit):
+        run("--world", 3, "--out", "nowhere", f"--{name.replace('_', '-')}", 0)
 
 
 def test_single_frames_of_a_film(tmp_path):
