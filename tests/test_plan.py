@@ -80,7 +80,8 @@ def test_memory_of_each_of_two_processes_is_within_15_percent(sharding):
 
 
 WHOLE = """
-import json, resource, sys, tempfile
+import json, sys, tempfile
+from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import torch, torch._dynamo
 torch.set_num_threads(1)
@@ -97,10 +98,14 @@ task = Task(sizes_of(model, groups), 16, 16, 256, 3, sample, supervised=0.1, pac
 found = task.estimate(plan, parallel.read_devices("cpu")[2], runtime=here + 60_000_000)
 config = plan.config(TrainingConfig(groups=groups, max_steps=3, progress=False, save=False))
 train(model, batches, config, tempfile.mkdtemp(), plan=plan.device_plan())
-print(json.dumps([found.memory.peak, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
+# not getrusage: its maximum also holds the parent's size at the fork
+lines = Path("/proc/self/status").read_text().splitlines()
+most = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+print(json.dumps([found.memory.peak, most]))
 """
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="Linux tells the most memory a program took")
 def test_memory_of_a_whole_program_is_within_15_percent(tmp_path):
     "What the operating system says a training program took at most, libraries and gaps included."
     (tmp_path / "whole.py").write_text(WHOLE)

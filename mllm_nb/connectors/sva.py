@@ -190,7 +190,7 @@ def projected(projection: nn.Sequential, normal: Float[Tensor, "views cells 1 wi
 
 def head_matrices(linear: nn.Linear) -> Float[Tensor, "heads dim width"]:
     "A projection, one matrix a head."
-    return rearrange(linear.weight, "(heads dim) width -> heads dim width", heads=HEADS)
+    return linear.weight.unflatten(0, (HEADS, -1))
 
 
 def tower_scores(query: Float[Tensor, "views cells heads dim"], normal: Float[Tensor, "views cells window width"],
