@@ -7,9 +7,10 @@ __all__ = ['SCHEDULES', 'ALONE', 'NORM_OR_BIAS', 'NORMS', 'Schedule', 'learning_
            'loss_and_count', 'Alone', 'accumulate', 'own_gradients', 'divide_by_tokens', 'clip_gradients',
            'ParameterGroup', 'prepared', 'undecayed', 'TrainingConfig', 'check_config', 'accumulation', 'run_schedule',
            'parameter_groups', 'build_adamw', 'set_learning_rate', 'MuonAndAdamW', 'build_optimizer', 'DataOrder',
-           'record_names', 'place', 'LossError', 'check_facts', 'Run', 'train_step', 'update', 'log_row', 'plan_for',
-           'precision_name', 'count_steps', 'start_run', 'save_run', 'restore_run', 'restore_dice', 'read_metrics',
-           'MetricsLog', 'Interrupted', 'stop_signals', 'progress_bar', 'show_progress', 'History', 'train']
+           'record_names', 'place', 'LossError', 'check_facts', 'Run', 'train_step', 'settle', 'update', 'log_row',
+           'plan_for', 'precision_name', 'count_steps', 'start_run', 'save_run', 'restore_run', 'restore_dice',
+           'read_metrics', 'MetricsLog', 'Interrupted', 'stop_signals', 'progress_bar', 'show_progress', 'History',
+           'train']
 
 # %% ../../nbs/6_train/1_loop.ipynb #8b26f35a
 import json
@@ -128,6 +129,16 @@ class Alone:
     def leave(self) -> None: return                                          # at the end of the program
     def norm(self, gradients: Sequence[Tensor]) -> Tensor: return torch.nn.utils.get_total_norm(gradients)
 
+    # what a library that keeps weights and gradients for itself (DeepSpeed) does in its own way
+    def arm(self, called: nn.Module, optimizer: Any, config: Any) -> tuple[nn.Module, Any]: return called, optimizer
+    def backward(self, loss: Tensor, last: bool) -> None: loss.backward()
+    def settle(self, run: "Run", facts: Tensor) -> tuple[bool, Tensor]: return settle(run, facts)
+    def tensors(self, run: "Run") -> dict[str, Mapping[str, Tensor]]:
+        return {"model": checkpoints.model_tensors(run.model),
+                "optimizer": checkpoints.optimizer_tensors(run.optimizer, run.model)}
+    def restore(self, run: "Run", checkpoint: Any) -> None:
+        checkpoints.restore_parts(run.model, run.optimizer, checkpoint)
+
 
 ALONE = Alone()
 
@@ -146,7 +157,7 @@ def accumulate(model, batches: Sequence, loss_function: Callable, autocast: Call
             unit = team.unit(facts[0][1]) if number == 1 else unit
             share = facts[-1][1] / unit    # the first count is the unit, so that fp16 gradients keep a usual size
             if loss.requires_grad:   # text alone has nothing to teach a connector, and still counts
-                scaler.scale(loss * share.to(loss.dtype)).backward()
+                team.backward(scaler.scale(loss * share.to(loss.dtype)), number == len(batches))
         metrics.append(getattr(output, "metrics", None) or {})
     return torch.stack(facts), metrics
 
@@ -384,10 +395,17 @@ def _chosen(groups: list[dict[str, Any]], keep: Callable[[nn.Parameter], bool]) 
             found.append(group | {"params": [pair[0] for pair in pairs], "names": [pair[1] for pair in pairs]})
     return found
 
-# %% ../../nbs/6_train/1_loop.ipynb #ba64190e
+# %% ../../nbs/6_train/1_loop.ipynb #823a6a42
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW | MuonAndAdamW:
-    "The optimizer of a run: AdamW, or with `optimizer='muon'` Muon for matrices inside layers and AdamW for all else."
+    """The optimizer of a run: AdamW, or with `optimizer='muon'` Muon for matrices inside layers and AdamW for all else.
+
+    Raises ValueError where Muon or 8-bit AdamW would get shards of a matrix: both need the whole.
+    """
     groups = parameter_groups(model, config)
+    cut = [name for name, parameter in model.named_parameters() if hasattr(parameter, "device_mesh")]
+    if cut and config.optimizer != "adamw":
+        raise ValueError(f"TrainingConfig.optimizer is {config.optimizer!r}, expected 'adamw': {cut[0]} and {len(cut) - 1} "
+                         "more lie in parts on several devices (fsdp, tp), and only AdamW works on parts")
     if config.optimizer == "adamw":
         return build_adamw(groups, config)
     if config.optimizer == "adamw_8bit":
@@ -529,9 +547,9 @@ def train_step(run: Run, loss_function: Callable = batch_loss) -> dict[str, Any]
     run.seconds += seconds
     return log_row(run, facts, own, metrics, rates, norm, seconds)
 
-# %% ../../nbs/6_train/1_loop.ipynb #1ab7a208
-def update(run: Run, facts: Tensor, batches: Sequence) -> float:
-    "From added-up gradients to new weights; returns the gradient's norm before clipping."
+# %% ../../nbs/6_train/1_loop.ipynb #6f2f9529
+def settle(run: Run, facts: Tensor) -> tuple[bool, Tensor]:
+    "Make of added-up gradients the clipped gradient of the mean; is there anything to learn, and its norm before."
     learned = run.optimizer.state.keys()
     for parameter in run.parameters:   # a part that this update's samples do not use has gradient zero, not none:
         if parameter.grad is None and parameter in learned:   # its momentum goes on as in one large batch
@@ -540,7 +558,13 @@ def update(run: Run, facts: Tensor, batches: Sequence) -> float:
     if anything:
         run.scaler.unscale_(run.optimizer)
     divide_by_tokens(run.parameters, facts, run.team.size)
-    norm = clip_gradients(run.parameters, run.config.clip_norm, run.team).item()
+    return anything, clip_gradients(run.parameters, run.config.clip_norm, run.team)
+
+
+def update(run: Run, facts: Tensor, batches: Sequence) -> float:
+    "From added-up gradients to new weights; returns the gradient's norm before clipping."
+    anything, norm = run.team.settle(run, facts)
+    norm = norm.item()
     check_facts(facts.tolist(), norm, lambda: run.team.all_names([record_names(batch) for batch in batches]),
                 run.step, run.scaler.is_enabled())
     if anything:
@@ -582,14 +606,16 @@ def precision_name(plan: DevicePlan) -> str:
     "The short name of a plan's dtype."
     return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[plan.dtype]
 
-# %% ../../nbs/6_train/1_loop.ipynb #c6b110aa
+# %% ../../nbs/6_train/1_loop.ipynb #fd50e075
 def count_steps(batches, config: TrainingConfig) -> int:
     "How many updates a run makes; its last one may have fewer micro-batches than the others."
     if config.max_steps is not None:
         return config.max_steps
     if not hasattr(batches, "__len__"):
         raise ValueError(f"TrainingConfig.max_steps is not set and {type(batches).__name__} does not know its length")
-    return math.ceil(len(batches) * config.epochs / accumulation(config))
+    # packed epochs differ by a row or two: who can count them all beforehand is asked
+    count = batches.steps(config.epochs) if hasattr(batches, "steps") else len(batches) * config.epochs
+    return math.ceil(count / accumulation(config))
 
 
 def start_run(model: nn.Module, batches, config: TrainingConfig, plan: DevicePlan, team: Alone = ALONE) -> Run:
@@ -603,11 +629,12 @@ def start_run(model: nn.Module, batches, config: TrainingConfig, plan: DevicePla
     order = DataOrder(batches, None if config.max_steps is not None else config.epochs)
     scaler = torch.amp.GradScaler(plan.device.split(":")[0], enabled=plan.scaler)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return Run(model, config, plan, order, build_optimizer(model, config), scaler,
-               run_schedule(config, total), total, parameters=parameters, team=team, called=called,
+    called, optimizer = team.arm(called, build_optimizer(model, config), config)
+    return Run(model, config, plan, order, optimizer, scaler, run_schedule(config, total), total,
+               parameters=parameters, team=team, called=called,
                frozen=frozen, saver=checkpoints.Saver(team.crew(), config.background))
 
-# %% ../../nbs/6_train/1_loop.ipynb #ff89fdbb
+# %% ../../nbs/6_train/1_loop.ipynb #56ea16dd
 def save_run(run: Run, folder: Path, row: Mapping[str, Any], log: "MetricsLog") -> int:
     "Write a checkpoint of a run at a step border; returns the step."
     log.sync()
@@ -618,14 +645,13 @@ def save_run(run: Run, folder: Path, row: Mapping[str, Any], log: "MetricsLog") 
     state = {"config": asdict(run.config), "total_steps": run.total_steps, "precision": precision_name(run.plan),
              "order": run.order.state_dict(), "seconds": run.seconds, "scaler": run.scaler.state_dict(),
              "random": [numbers for _, numbers in everyone], "frozen": run.frozen}
-    tensors = {"model": checkpoints.model_tensors(run.model),
-               "optimizer": checkpoints.optimizer_tensors(run.optimizer, run.model), "random": generators}
+    tensors = run.team.tensors(run) | {"random": generators}
     metric = run.config.best_metric
     score = None if not metric else -row[metric[1:]] if metric.startswith("-") else row[metric]
     run.saver.save(folder, run.step, tensors, state, run.config.keep, score)
     return run.step
 
-# %% ../../nbs/6_train/1_loop.ipynb #c93ec4e3
+# %% ../../nbs/6_train/1_loop.ipynb #8092edbc
 def restore_run(run: Run, checkpoint: checkpoints.Checkpoint) -> None:
     "Put a started run back to where a checkpoint was written; refuses one that was made with other settings."
     state, where = checkpoint.state, str(checkpoint.path)
@@ -633,7 +659,7 @@ def restore_run(run: Run, checkpoint: checkpoints.Checkpoint) -> None:
     if lines := checkpoints.differences(state["config"], now, FREE_FIELDS):
         raise checkpoints.CheckpointError(f"{where} was written with other settings: " + "; ".join(lines))
     checkpoints.check_frozen(run.frozen, state["frozen"], where)
-    checkpoints.restore_parts(run.model, run.optimizer, checkpoint)
+    run.team.restore(run, checkpoint)
     run.scaler.load_state_dict(state["scaler"])
     then = replace(run.config, **{name: state["config"][name] for name in ("micro_batch", "world_size")})
     run.order.load_state_dict(state["order"], accumulation(run.config) / accumulation(then))
@@ -721,8 +747,9 @@ def progress_bar(run: Run):
     from tqdm import tqdm
     words = "{percentage:3.0f} % |{bar:24}| step {n_fmt} of {total_fmt}, {desc}{rate_noinv_fmt}, {remaining} left"
     shown = run.config.progress and run.team.leads
+    watched = sys.stderr.isatty() or "ipykernel" in sys.modules   # a line every half second would fill a log file
     with tqdm(total=run.total_steps, initial=run.step, disable=not shown, bar_format=words,
-              unit=" steps", mininterval=0.5, file=sys.stderr) as bar:
+              unit=" steps", mininterval=0.5 if watched else 20, file=sys.stderr) as bar:
         yield bar
 
 
@@ -781,9 +808,9 @@ def _look_for_checkpoint(folder: Path, config: TrainingConfig) -> checkpoints.Ch
 # %% ../../nbs/6_train/1_loop.ipynb #80c63aa9
 def _loop(run: Run, folder: Path, log: MetricsLog, loss_function, on_step, wish) -> None:
     "Step, log, save, until the end or until somebody wishes to stop."
-    saved_at, row, config, stop = run.step, {}, run.config, False
+    saved_at, row, config, stop, logged = run.step, {}, run.config, False, run.step
     with progress_bar(run) as bar:
-        while run.step < run.total_steps:
+        while config.max_steps is None or run.step < run.total_steps:   # epochs end where their data end
             with run.team.watch(run.step):
                 stop = run.team.anybody(wish.stop)
                 new = None if stop else train_step(run, loss_function)
@@ -792,12 +819,15 @@ def _loop(run: Run, folder: Path, log: MetricsLog, loss_function, on_step, wish)
             row = new | (on_step(run, new) or {} if on_step else {})
             if not run.model.training:
                 _set_modes(run.model)   # a hook that evaluated left the model in eval mode
-            if run.step % config.log_every == 0 or run.step == run.total_steps:
+            if run.step % config.log_every == 0:
                 log.write(row)
+                logged = run.step
             show_progress(bar, row)
             if config.save and config.save_every and run.step % config.save_every == 0:
                 with run.team.watch(run.step):
                     saved_at = save_run(run, folder, row, log)
+    if not stop and run.step > logged:
+        log.write(row)   # the last step's, whatever `log_every` says
     with run.team.watch(run.step):
         if config.save and run.step > saved_at:
             saved_at = save_run(run, folder, row, log)
