@@ -572,3 +572,74 @@ def test_ctrl_c_stops_at_a_step_border_saves_and_resumes(tmp_path):
     whole = train(Words(), make_batches(), replace(QUIET, max_steps=400), tmp_path / "whole")
     again = train(Words(), make_batches(), replace(QUIET, max_steps=400), tmp_path / "run")
     assert again.losses == whole.losses
+
+
+# --- epochs of unequal length, rare rows
+
+class Uneven:
+    "Batches whose epochs differ in length, as packed ones do; with `steps` they can be counted beforehand."
+    counts = (5, 3, 6)
+
+    def __init__(self):
+        self.epoch = self.batch = 0
+
+    def __len__(self):
+        return self.counts[self.epoch]
+
+    def __iter__(self):
+        for batch in make_batches(self.counts[self.epoch], seed=self.epoch)[self.batch:]:
+            self.batch += 1
+            yield batch
+        self.epoch, self.batch = self.epoch + 1, 0
+
+    def state_dict(self):
+        return {"epoch": self.epoch, "batch": self.batch}
+
+    def load_state_dict(self, state):
+        self.epoch, self.batch = state["epoch"], state["batch"]
+
+
+class Counted(Uneven):
+    def steps(self, epochs: int) -> int:
+        return sum(self.counts[:epochs])
+
+
+@pytest.mark.parametrize("kind, planned", [(Counted, 14), (Uneven, 15)])
+def test_epochs_of_unequal_length_are_read_to_their_end(kind, planned, tmp_path):
+    "Counted beforehand, the schedule ends with the data; else the data decide all the same, also after a stop."
+    config = replace(QUIET, max_steps=None, epochs=3, save_every=4, schedule="linear")
+    whole = train(Words(), kind(), config, tmp_path / "whole")
+    assert whole.steps == list(range(1, 15))
+    assert whole.column("learning_rate")[-1] == pytest.approx(1e-2 / planned if kind is Counted else 1e-2 * 2 / planned)
+    with pytest.raises(RuntimeError):
+        train(Words(), kind(), config, tmp_path / "cut", on_step=fail_at(10))
+    assert train(Words(), kind(), config, tmp_path / "cut").losses == whole.losses
+    assert train(Words(), kind(), config, tmp_path / "cut").losses == whole.losses   # finished: nothing more
+
+
+def test_more_data_than_counted_is_not_left_out(tmp_path):
+    class Growing(Uneven):
+        counts = (3, 6)
+    history = train(Words(), Growing(), replace(QUIET, max_steps=None, epochs=2, log_every=4), tmp_path)
+    assert history.steps == [4, 8, 9] and history.column("learning_rate")[-1] == 0
+
+
+def test_packed_batches_end_with_their_schedule(tmp_path):
+    from mllm_nb.data.batches import Batches, BatchSettings, Example
+    torch.manual_seed(1)
+    lengths = torch.randint(2, 12, (90,), generator=torch.Generator().manual_seed(4)).tolist()
+    examples = [Example(str(i), str(i), *torch.randint(0, 11, (2, n)), torch.full((n,), -1), ()) for i, n in enumerate(lengths)]
+    batches = Batches(examples, None, BatchSettings(12, 2, seed=3, window=10, remainder="drop"))
+    counts = [len(batches.plan(epoch)) for epoch in range(4)]
+    assert len(set(counts)) > 1, counts
+
+    def loss(model, batch):
+        return model(batch.input_ids, batch.labels)
+    history = train(Words(), batches, replace(QUIET, max_steps=None, epochs=4, log_every=5, schedule="linear"), tmp_path,
+                    loss_function=loss)
+    assert history.steps[-1] == sum(counts) and history.column("learning_rate")[-1] == pytest.approx(1e-2 / sum(counts))
+
+
+@pytest.mark.parametrize("every, expected", [(5, [5, 10, 12]), (4, [4, 8, 12]), (100, [12])])
+def test_the_last_row_is_always_written(every, expected, tmp_path):
+    assert train(Words(), make_batches(), replace(QUIET, log_every=every), tmp_path).steps == expected

@@ -404,8 +404,8 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Ada
     groups = parameter_groups(model, config)
     cut = [name for name, parameter in model.named_parameters() if hasattr(parameter, "device_mesh")]
     if cut and config.optimizer != "adamw":
-        raise ValueError(f"TrainingConfig.optimizer is {config.optimizer!r}, expected 'adamw': {cut[0]} and {len(cut) - 1} "
-                         "more lie in parts on several devices (fsdp, tp), and only AdamW works on parts")
+        raise ValueError(f"TrainingConfig.optimizer is {config.optimizer!r}, expected 'adamw': {cut[0]} and "
+                         f"{len(cut) - 1} more lie in parts on several devices (fsdp, tp), and only AdamW works on parts")
     if config.optimizer == "adamw":
         return build_adamw(groups, config)
     if config.optimizer == "adamw_8bit":
