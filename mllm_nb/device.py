@@ -5,16 +5,20 @@
 # %% auto #0
 __all__ = ['FORMATS', 'WORTHWHILE', 'DTYPES', 'PACKAGES', 'show_formats', 'best_time', 'cpu_multiplies_bf16', 'bf16_gain',
            'DeviceFacts', 'DevicePlan', 'decide', 'best_device', 'look_at', 'device_plan', 'version_of',
-           'memory_in_gib', 'device_name', 'describe_device']
+           'memory_in_gib', 'device_name', 'describe_device', 'of_kind', 'in_words', 'check_settings']
 
-# %% ../nbs/appendix/device.ipynb #9856047c
+# %% ../nbs/appendix/device.ipynb #6282fc19
+import math
 import os
 import platform
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from importlib import metadata, util
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
 
 import torch
 
@@ -198,3 +202,47 @@ def describe_device(device: str | None = None) -> dict[str, object]:
         "system": f"{platform.system()} {platform.machine()}", "python": platform.python_version(),
         "versions": {package: version_of(package) for package in PACKAGES},
     }
+
+# %% ../nbs/appendix/device.ipynb #9aa06b3b
+def of_kind(value: Any, kind: Any) -> bool:
+    "Is a value what an annotation says? Whole numbers may stand for fractions; True, NaN and infinity are no numbers."
+    origin, inside = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return any(of_kind(value, one) for one in inside)
+    if origin is tuple:
+        kinds = inside[:1] * len(value) if inside[-1] is ... and isinstance(value, tuple) else inside
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(of_kind, value, kinds))
+    if kind in (int, float):
+        numbers = Integral if kind is int else Real
+        return isinstance(value, numbers) and not isinstance(value, bool) and abs(value) < math.inf
+    return kind is Any or isinstance(value, origin or kind)
+
+# %% ../nbs/appendix/device.ipynb #4478ee80
+_WORDS = {int: "whole number", float: "number", str: "text", bool: "true or false", NoneType: "nothing"}
+
+
+def in_words(kind: Any, many: bool = False) -> str:
+    "An annotation as an error message says it; `many`: in the plural."
+    inside = get_args(kind)
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join(in_words(one) for one in inside)
+    if get_origin(kind) is tuple:
+        count = "" if inside[-1] is ... else f"{len(inside)} "
+        return f"{'lists' if many else 'a list'} of {count}{in_words(inside[0], many=True)}"
+    word = _WORDS.get(kind, getattr(kind, "__name__", str(kind)))
+    return word if kind in (bool, NoneType) else f"{word}s" if many else f"a {word}"
+
+# %% ../nbs/appendix/device.ipynb #791bd961
+def check_settings(settings: Any, positive: Sequence[str] = (), natural: Sequence[str] = ()) -> None:
+    """ValueError for the first field of a dataclass that is of another kind than its annotation, or not above zero
+    (`positive`), or below zero (`natural`; of a list each number counts)."""
+    for item in fields(settings):
+        value, name = getattr(settings, item.name), f"{type(settings).__name__}.{item.name}"
+        found = text if len(text := repr(value)) <= 60 else f"{text[:59]}…"
+        if not of_kind(value, item.type):
+            raise ValueError(f"{name}: found {found}, expected {in_words(item.type)}")
+        numbers = [one for one in (value if isinstance(value, tuple) else (value,)) if one is not None]
+        if item.name in positive and any(one <= 0 for one in numbers):
+            raise ValueError(f"{name}: found {found}, expected more than 0")
+        if item.name in natural and any(one < 0 for one in numbers):
+            raise ValueError(f"{name}: found {found}, expected at least 0")

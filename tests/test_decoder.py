@@ -312,10 +312,18 @@ def test_settings_survive_json():
     (dict(head_dim=5), "head_dim: found 5, expected an even number"),
     (dict(hidden_act="relu"), "hidden_act: found 'relu', expected one of"),
     (dict(rope_scaling={"rope_type": "longrope"}), "rope_scaling: found 'longrope', expected 'linear' or 'llama3'"),
+    (dict(rope_scaling={"rope_type": "linear"}), "rope_scaling, factor: found None, expected a number above 0"),
+    (dict(rms_norm_eps="x"), "rms_norm_eps: found 'x', expected a number"), (dict(rms_norm_eps=-1e-5), "rms_norm_eps: found -1e-05"),
+    (dict(rope_theta=-1.0), "rope_theta: found -1.0, expected more than 0"), (dict(rope_theta=float("nan")), "rope_theta: found nan"),
+    (dict(tie_word_embeddings="no"), "tie_word_embeddings: found 'no', expected true or false"),
+    (dict(sliding_window=[4]), "sliding_window: found .4., expected a whole number or nothing"),
+    (dict(hidden_act=[]), "hidden_act: found .., expected a text"), (dict(hidden_size=30), "hidden_size: found 30, expected a multiple"),
+    (dict(num_key_value_heads=0), "num_key_value_heads: found 0, expected a whole number from 1"),
 ])
 def test_contradicting_settings(settings, message):
+    sizes = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
     with pytest.raises(ValueError, match=message):
-        DecoderConfig(61, 32, 48, 2, 4, **settings)
+        DecoderConfig(**sizes | settings)
 
 
 @pytest.mark.parametrize("settings, message", [
@@ -324,6 +332,8 @@ def test_contradicting_settings(settings, message):
     ({"model_type": "phi3", "rope_scaling": {"type": "longrope"}}, "rope_scaling: found 'longrope'"),
     ({"model_type": "phi3", "partial_rotary_factor": 0.75}, "partial_rotary_factor: found 0.75, expected 1.0"),
     ({"model_type": "llama", "mlp_bias": True}, "mlp_bias: found true"),
+    ({"model_type": []}, "model_type: found .., expected one of"), ({"model_type": "llama", "rope_parameters": 7}, "rope_parameters"),
+    ({"model_type": "llama", "attention_bias": "x"}, "attention_bias: found 'x', expected true or false"),
 ])
 def test_published_settings_that_are_not_built(settings, message):
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,5 @@
 "The plan follows from the facts, is measured once, and says why."
+import re
 import time
 
 import pytest
@@ -82,3 +83,16 @@ def test_description_for_the_doctor():
     assert facts["device"] == "cpu" and facts["name"] and facts["why"]
     assert facts["versions"]["torch"] == torch.__version__ and facts["memory_gib"].get("total", 1) > 0
     assert device.version_of("no-such-package") is None
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"kind": 3}, "DeviceFacts.kind: found 3, expected a text"), ({"gain": "1"}, "found '1', expected a number"),
+    ({"gain": float("nan")}, "found nan, expected a number"), ({"gain": True}, "found True, expected a number"),
+    ({"gain": -1.0}, "found -1.0, expected more than 0"),
+    ({"capability": (8,)}, "expected a list of 2 whole numbers"), ({"capability": (8, 1.5)}, "expected a list of 2 whole numbers"),
+    ({"capability": [8, 0]}, "expected a list of 2 whole numbers"), ({"capability": (8, -1)}, "expected at least 0")])
+def test_settings_of_another_kind_are_named(change, said):
+    device.check_settings(DeviceFacts("cpu", gain=10 ** 400), ["gain"], ["capability"])
+    facts = DeviceFacts(**{"kind": "cpu", **change})
+    with pytest.raises(ValueError, match=re.escape(said)):
+        device.check_settings(facts, ["gain"], ["capability"])

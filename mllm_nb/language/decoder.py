@@ -24,7 +24,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from ..device import device_plan
+from ..device import check_settings, device_plan, of_kind
 
 # %% ../../nbs/2_read/3_decoder.ipynb #083b6142
 def causal_mask(
@@ -153,7 +153,7 @@ def attend(
         raise ValueError(f"attention path: found {path!r}, expected 'auto' or one of {sorted(ATTENTION_PATHS)}")
     return ATTENTION_PATHS[path](query, key, value, mask)
 
-# %% ../../nbs/2_read/3_decoder.ipynb #417e572d
+# %% ../../nbs/2_read/3_decoder.ipynb #a4792def
 def rope_frequencies(config: "DecoderConfig") -> Float[Tensor, "pairs"]:
     "Radians that each pair of channels turns per place, in fp32. Raises ValueError for a scaling not built here."
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
@@ -163,19 +163,27 @@ def rope_frequencies(config: "DecoderConfig") -> Float[Tensor, "pairs"]:
     if kind == "default":
         return frequencies
     if kind == "linear":
-        return frequencies / scaling["factor"]
+        return frequencies / _scaling_number(scaling, "factor")
     if kind == "llama3":
         return _llama3_frequencies(frequencies, scaling)
     raise ValueError(f"DecoderConfig.rope_scaling: found {kind!r}, expected 'linear' or 'llama3'; for another kind "
                      "load the model with transformers and wrap it in TransformersDecoder")
 
-# %% ../../nbs/2_read/3_decoder.ipynb #9ba4d297
+# %% ../../nbs/2_read/3_decoder.ipynb #f5f4618a
+def _scaling_number(scaling: Mapping[str, Any], name: str) -> float:
+    "A number of rope_scaling. Raises ValueError that names it."
+    if not of_kind(value := scaling.get(name), float) or value <= 0:
+        raise ValueError(f"DecoderConfig.rope_scaling, {name}: found {value!r}, expected a number above 0")
+    return value
+
+# %% ../../nbs/2_read/3_decoder.ipynb #a395dbd2
 def _llama3_frequencies(frequencies: Float[Tensor, "pairs"], scaling: Mapping[str, float]) -> Float[Tensor, "pairs"]:
     "Llama 3.1: slow hands are slowed by `factor`, fast ones stay, those between are blended."
-    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)   # in the old context
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    names = "original_max_position_embeddings", "low_freq_factor", "high_freq_factor", "factor"
+    context, low, high, factor = (_scaling_number(scaling, name) for name in names)
+    turns = context * frequencies / (2 * math.pi)   # in the old context
     keep = ((turns - low) / (high - low)).clamp(0, 1)
-    return keep * frequencies + (1 - keep) * frequencies / scaling["factor"]
+    return keep * frequencies + (1 - keep) * frequencies / factor
 
 # %% ../../nbs/2_read/3_decoder.ipynb #89f58b16
 Rope = tuple[Float[Tensor, "batch sequence pairs"], Float[Tensor, "batch sequence pairs"]]
@@ -207,7 +215,7 @@ def check_sizes(config: "DecoderConfig", names: Iterable[str]) -> None:
         if not isinstance(value, Integral) or isinstance(value, bool) or not least <= value <= most:
             raise ValueError(f"DecoderConfig.{name}: found {value!r}, expected a whole number from {least} to {most}")
 
-# %% ../../nbs/2_read/3_decoder.ipynb #6ae3841e
+# %% ../../nbs/2_read/3_decoder.ipynb #5c41a4b0
 @dataclass(frozen=True)
 class DecoderConfig:
     """Settings of one decoder, under the field names of Hugging Face's `config.json`.
@@ -239,10 +247,15 @@ class DecoderConfig:
 
     def __post_init__(self):
         check_sizes(self, SIZES)
-        filled = {"num_key_value_heads": self.num_key_value_heads or self.num_attention_heads,
-                  "head_dim": self.head_dim or self.hidden_size // self.num_attention_heads}
-        for name, value in filled.items():
-            object.__setattr__(self, name, value)   # a frozen dataclass fills its own defaults
+        check_settings(self, ("rope_theta", "max_position_embeddings", "sliding_window"),
+                       ("rms_norm_eps", "initializer_range", "num_experts"))
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"DecoderConfig.hidden_size: found {self.hidden_size}, expected a multiple of "
+                             f"num_attention_heads = {self.num_attention_heads}, as there is no head_dim")
+        filled = {"num_key_value_heads": self.num_attention_heads,
+                  "head_dim": self.hidden_size // self.num_attention_heads}
+        for name in (name for name in filled if getattr(self, name) is None):
+            object.__setattr__(self, name, filled[name])   # a frozen dataclass fills its own defaults
         check_sizes(self, filled)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(f"DecoderConfig.num_key_value_heads: found {self.num_key_value_heads}, expected a "
@@ -553,11 +566,11 @@ FAMILIES = {   # what a model_type means beyond its config.json
     "gemma": {"norm_offset": 1.0, "embedding_scale": True, "tie_word_embeddings": True},
 }
 
-# %% ../../nbs/2_read/3_decoder.ipynb #64b08f82
+# %% ../../nbs/2_read/3_decoder.ipynb #0ed29f7a
 def read_transformers_config(settings: Mapping[str, Any], model_type: str | None = None) -> dict[str, Any]:
     "Fields of `DecoderConfig` from a published `config.json`. Raises ValueError for what is not built here."
     family = model_type or settings.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise ValueError(f"config.json, model_type: found {family!r}, expected one of {sorted(FAMILIES)}; load other "
                          "models with transformers and wrap them in TransformersDecoder")
     if settings.get("mlp_bias"):
@@ -568,8 +581,8 @@ def read_transformers_config(settings: Mapping[str, Any], model_type: str | None
         raise ValueError(f"config.json: found no {', '.join(missing)}, expected all sizes of the language model")
     fields = FAMILIES[family] | fields
     fields |= _rope_fields(settings) | {"sliding_window": _window_field(settings, family)}
-    if settings.get("attention_bias"):
-        fields |= {"attention_bias": True, "attention_output_bias": True}
+    if bias := settings.get("attention_bias"):
+        fields |= {"attention_bias": bias, "attention_output_bias": bias}
     if family == "gemma":   # its hidden_act is a leftover: tanh is meant unless hidden_activation says otherwise
         fields |= {"head_dim": settings.get("head_dim", 256),
                    "hidden_act": settings.get("hidden_activation") or "gelu_pytorch_tanh"}
@@ -577,16 +590,19 @@ def read_transformers_config(settings: Mapping[str, Any], model_type: str | None
         fields |= {"num_experts": settings.get("num_local_experts", 8)}
     return fields
 
-# %% ../../nbs/2_read/3_decoder.ipynb #32f6f9b4
+# %% ../../nbs/2_read/3_decoder.ipynb #03fcd0a9
 def _rope_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
     "rope_theta and rope_scaling, from the old fields or from `rope_parameters` of transformers 5."
-    rope = dict(settings.get("rope_parameters") or settings.get("rope_scaling") or {})
+    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping):
+        raise ValueError(f"config.json, rope_parameters or rope_scaling: found {rope!r}, expected an object")
     partial = rope.get("partial_rotary_factor") or settings.get("partial_rotary_factor") or 1.0
     if partial != 1.0:
         raise ValueError(f"config.json, partial_rotary_factor: found {partial}, expected 1.0")
     kind = rope.get("rope_type", rope.get("type", "default"))
-    theta = rope.get("rope_theta") or settings.get("rope_theta") or 10000.0
-    return {"rope_theta": theta, "rope_scaling": None if kind == "default" else rope}
+    thetas = rope.get("rope_theta"), settings.get("rope_theta"), 10000.0
+    return {"rope_theta": next(theta for theta in thetas if theta is not None),
+            "rope_scaling": None if kind == "default" else dict(rope)}
 
 
 def _window_field(settings: Mapping[str, Any], family: str) -> int | None:
