@@ -52,13 +52,11 @@ def explain(error: BaseException, function: Callable) -> str:
     "One line for a learner: what `error` says, where, and what their code gave."
     condition, names = failing_assert(error, function)
     where = ast.unparse(condition) if condition is not None else ""
-    if isinstance(error, TypeError) and "NoneType" in str(error):
+    if isinstance(error, (TypeError, AttributeError)) and "NoneType" in str(error):
         return "nothing is returned yet (None)" + (f", in: {where}" if where else "")
     if not isinstance(error, AssertionError):
         return f"{type(error).__name__}: {error}" + (f", in: {where}" if where else "")
-    if str(error):
-        return str(error)
-    return (where or "the assertion failed") + learner_value(condition, names)
+    return (str(error) or where or "the assertion failed") + learner_value(condition, names)
 
 # %% ../nbs/appendix/exercises.ipynb #80ce1bf9
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ STYLE = {
     "font.size": 10, "axes.titlesize": 11, "axes.labelsize": 10, "legend.fontsize": 9, "xtick.labelsize": 9,
     "ytick.labelsize": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY,
     "figure.dpi": 90, "figure.facecolor": "white", "savefig.facecolor": "white", "legend.frameon": False,
-    "image.interpolation": "nearest", "image.cmap": "viridis", "axes.titlelocation": "left",
+    "image.interpolation": "nearest", "image.cmap": "cividis", "axes.titlelocation": "left",
     "font.family": "DejaVu Sans", "axes.axisbelow": True, "grid.color": PALE, "svg.hashsalt": "mllm_nb",
 }
 
@@ -184,10 +184,13 @@ def show_matrix(matrix: Any, rows: Sequence[str] = (), columns: Sequence[str] = 
     matrix = np.asarray(matrix.detach().cpu() if hasattr(matrix, "detach") else matrix, dtype=float)
     high, wide = matrix.shape
     cell = min(0.55, 6.5 / wide)
-    figure, axes = canvas(min(7.5, wide * cell + 1.5), min(7, high * min(cell, 0.4) + 0.9))
+    beside, below = (0.08 * max(map(len, labels), default=0) for labels in (rows, columns))   # inches
+    upright = below > cell
+    figure, axes = canvas(min(7.5, wide * cell + max(1.5, beside + 0.4)),
+                          min(7, high * min(cell, 0.4) + 0.9 + upright * below))
     axis = axes[0, 0]
     drawn = axis.imshow(matrix, aspect="auto", cmap="cividis")
-    axis.set_xticks(range(len(columns)), columns)
+    axis.set_xticks(range(len(columns)), columns, rotation=90 * upright)
     axis.set_yticks(range(len(rows)), rows)
     axis.set_title(title)
     axis.spines[:].set_visible(False)
@@ -248,41 +251,68 @@ def legend_of_roles(figure: "Figure", roles: Sequence[str]) -> None:
 def show_strip(tokens: Sequence[str], roles: Sequence[str], title: str = "", per_row: int = 16) -> "Figure":
     "Tokens as coloured boxes in reading order, their role as the colour; a legend names the roles."
     from matplotlib.patches import Rectangle
-    names = list(dict.fromkeys(roles))
-    spare = iter([color for color in SERIES if color not in ROLE_COLORS.values()] + [GREY] * len(names))
-    colors = {name: ROLE_COLORS.get(name) or next(spare) for name in names}
+    colors = colors_of(roles)
     per_row = min(per_row, len(tokens))
     rows = math.ceil(len(tokens) / per_row)
     figure, axes = canvas(7.5, rows * 0.42 + (0.9 if title else 0.6))
     axis = axes[0, 0]
-    for index, (token, role) in enumerate(zip(tokens, roles)):
-        x, y = index % per_row, index // per_row
-        axis.add_patch(Rectangle((x + 0.03, y + 0.06), 0.94, 0.88, facecolor=colors[role], alpha=0.55, edgecolor=GREY))
-        axis.text(x + 0.5, y + 0.5, token, ha="center", va="center",
-                  fontsize=min(10, 850 / per_row / max(4, len(token))))
+    for token, role, (x, y, width) in zip(tokens, roles, places_of(tokens, per_row)):
+        axis.add_patch(Rectangle((x + 0.03, y + 0.06), width - 0.06, 0.88, facecolor=colors[role], alpha=0.55,
+                                 edgecolor=GREY))
+        axis.text(x + width / 2, y + 0.5, token, ha="center", va="center",
+                  fontsize=min(10, 850 * width / per_row / max(4, len(token))))
     axis.set(xlim=(0, per_row), ylim=(rows, 0), title=title)
     axis.set_axis_off()
-    figure.legend(handles=[Rectangle((0, 0), 1, 1, facecolor=colors[name], alpha=0.55, edgecolor=GREY, label=name)
-                           for name in names], loc="outside lower center", ncols=len(names))
+    figure.legend(handles=[Rectangle((0, 0), 1, 1, facecolor=color, alpha=0.55, edgecolor=GREY, label=name)
+                           for name, color in colors.items()], loc="outside lower center", ncols=len(colors))
     return figure
 
-# %% ../nbs/appendix/plots.ipynb #9e4f0907
+# %% ../nbs/appendix/plots.ipynb #44589b03
+def colors_of(roles: Sequence[str]) -> dict[str, str]:
+    "A colour for each role, in the order of their first token: its own, or one that is free."
+    names = list(dict.fromkeys(roles))
+    taken = {ROLE_COLORS[name] for name in names if name in ROLE_COLORS}
+    free = sorted((color for color in SERIES if color not in taken), key=lambda color: color in ROLE_COLORS.values())
+    spare = iter(free + [GREY] * len(names))
+    return {name: ROLE_COLORS.get(name) or next(spare) for name in names}
+
+
+def places_of(tokens: Sequence[str], per_row: int) -> list[tuple[float, float, float]]:
+    "Left, top and width of each token's box; a row is `per_row` wide."
+    if len(tokens) > per_row:
+        return [(index % per_row, index // per_row, 1) for index in range(len(tokens))]
+    letters = np.array([max(3, len(token)) + 1 for token in tokens])
+    widths = letters / letters.sum() * per_row
+    return [(right - width, 0, width) for right, width in zip(np.cumsum(widths), widths)]
+
+# %% ../nbs/appendix/plots.ipynb #18c504a3
 @styled
 def show_flow(steps: Sequence[tuple[str, str]], title: str = "", marked: Sequence[int] = ()) -> "Figure":
     "Boxes joined by arrows, left to right: each step is (name, note); steps in `marked` are drawn in orange."
-    figure, axes = canvas(7.5, 1.5 + (0.3 if title else 0))
-    axis = axes[0, 0]
-    for index, (name, note) in enumerate(steps):
+    middles, total = flow_middles(steps)
+    names, notes = (max((text.count("\n") + 1 for text in texts), default=1) for texts in zip(*steps))
+    above, below = 0.1 * names + 0.15, 0.1 * names + 0.23                     # inches over and under the boxes' middle
+    figure, axes = canvas(7.5, above + below + 0.17 * notes + (0.4 if title else 0.1))
+    axis, size, boxes = axes[0, 0], min(10, 1000 / total), []
+    for index, ((name, note), x) in enumerate(zip(steps, middles)):
         color = ORANGE if index in marked else SKY
-        axis.text(index, 0.16, name, ha="center", va="center", fontsize=10, fontweight="bold",
-                  bbox={"boxstyle": "round,pad=0.5", "facecolor": color, "alpha": 0.45, "edgecolor": GREY})
-        axis.text(index, -0.62, note, ha="center", va="center", fontsize=9)
+        box = {"boxstyle": "round,pad=0.5", "facecolor": color, "alpha": 0.45, "edgecolor": GREY}
+        boxes.append(axis.text(x, 0, name, ha="center", va="center", fontsize=size, fontweight="bold", bbox=box))
+        axis.text(x, -below, note, ha="center", va="top", fontsize=0.9 * size)
         if index:
-            axis.annotate("", (index - 0.36, 0.16), (index - 0.64, 0.16),
-                          arrowprops={"arrowstyle": "-|>", "color": BLACK})
-    axis.set(xlim=(-0.6, len(steps) - 0.4), ylim=(-1, 0.6), title=title)
+            axis.annotate("", (x, 0), (middles[index - 1], 0), arrowprops={
+                "arrowstyle": "-|>", "color": BLACK, "shrinkA": 3, "shrinkB": 3,
+                "patchA": boxes[-2].get_bbox_patch(), "patchB": boxes[-1].get_bbox_patch()})
+    axis.set(xlim=(0, total), ylim=(-below - 0.17 * notes, above), title=title)
     axis.set_axis_off()
     return figure
+
+# %% ../nbs/appendix/plots.ipynb #655ee9de
+def flow_middles(steps: Sequence[tuple[str, str]]) -> tuple[list[float], float]:
+    "Where the boxes stand and how wide the row is, in letters: each step has the room that its words need."
+    widths = np.array([4 + max(len(line) * wide for text, wide in ((name, 1.4), (note, 1)) for line in text.split("\n"))
+                       for name, note in steps])
+    return (np.cumsum(widths) - widths / 2).tolist(), float(widths.sum())
 
 # %% ../nbs/appendix/plots.ipynb #0d9450fc
 @styled
@@ -370,11 +400,15 @@ def accuracy_bars(results: Mapping[str, Mapping[str, Any]], chance: Mapping[str,
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
-# %% ../nbs/appendix/plots.ipynb #0badaa98
+# %% ../nbs/appendix/plots.ipynb #2982e6a2
 @styled
-def show_heat(pictures: Sequence[Any], grids: Sequence[Any], captions: Sequence[str] = (), alpha: float = 0.6,
+def show_heat(pictures: Sequence[Any], grids: Sequence[Any], captions: Sequence[str] = (), alpha: float = 0.75,
               size: float = 2.4, shared: bool = False) -> "Figure":
-    "Grids [rows, columns] of values over their pictures; `shared` gives all of them one colour range."
+    """Grids [rows, columns] of values over their pictures in grey: the larger a value, the more orange its cell.
+
+    `alpha` is how dense the largest gets; `shared` gives all grids one range of values.
+    """
+    from matplotlib.colors import LinearSegmentedColormap, to_rgb
     grids = [np.asarray(grid.detach().cpu().float() if hasattr(grid, "detach") else grid, dtype=float)
              for grid in grids]
     low = min(grid.min() for grid in grids) if shared else None
@@ -384,9 +418,11 @@ def show_heat(pictures: Sequence[Any], grids: Sequence[Any], captions: Sequence[
     figure, axes = canvas(min(7.5, columns * size), rows * (size + 0.25), rows, columns)
     for axis in axes.flat:
         axis.set_axis_off()
+    denser = LinearSegmentedColormap.from_list("denser", [(*to_rgb(ORANGE), 0), (*to_rgb(ORANGE), alpha)])
     for axis, picture, grid, caption in zip(axes.flat, pictures, grids, list(captions) + [""] * len(grids)):
-        picture_on(axis, picture, caption)
-        height, width = array_of(picture).shape[:2]
-        axis.imshow(grid, cmap="viridis", alpha=alpha, vmin=low, vmax=high,
-                    extent=(-0.5, width - 0.5, height - 0.5, -0.5))
+        pixels = array_of(picture)
+        pixels = pixels if pixels.ndim == 2 else pixels[:, :, :3].mean(axis=2)
+        picture_on(axis, 0.25 + 0.75 * pixels, caption)
+        height, width = pixels.shape
+        axis.imshow(grid, cmap=denser, vmin=low, vmax=high, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
     return figure

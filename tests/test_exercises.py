@@ -38,7 +38,8 @@ def test_a_solution_that_computes_at_top_level_is_refused():
 
 
 @pytest.mark.parametrize(("wrong", "said"), [
-    (lambda: None, "AttributeError"), (lambda: [][0], "IndexError: list index out of range"),
+    (lambda: None, "nothing is returned yet (None)"), (lambda: 5, "AttributeError"),
+    (lambda: [][0], "IndexError: list index out of range"),
     (lambda: undefined_name, "NameError"), (lambda: 1 / 0, "ZeroDivisionError"),  # noqa: F821
     (lambda: (_ for _ in ()).throw(RuntimeError("deep")), "RuntimeError: deep"),
 ])
