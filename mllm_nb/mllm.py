@@ -6,7 +6,7 @@
 __all__ = ['FAMILY_OF', 'MOST_SCORES', 'splice', 'language_family', 'MLLMConfig', 'next_labels', 'static_loss', 'supervised_loss',
            'build_language', 'segment_positions', 'Output', 'in_dtype_of', 'Parts', 'MLLM', 'WeightsError', 'Weights',
            'naming', 'weight_files', 'read_json', 'read_weights', 'no_memory', 'published_names', 'shared_names',
-           'misfits', 'fit_weights', 'write_weights', 'whole', 'save_pretrained', 'from_pretrained']
+           'misfits', 'fit_weights', 'write_weights', 'whole', 'refuse_adapters', 'save_pretrained', 'from_pretrained']
 
 # %% ../nbs/3_connect/5_mllm.ipynb #7a1a4309
 import json
@@ -108,9 +108,11 @@ class MLLMConfig:
         published = {name: getattr(self, name) for name in (item.name for item in fields(self)) if name not in own}
         if self.towers:
             first = self.towers[0]
-            published |= {"mm_vision_tower": first.name, "mm_hidden_size": first.vit.hidden_size,
+            published |= {"mm_vision_tower": first.name, "mm_hidden_size": first.width,
                           "mm_vision_select_layer": first.select_layer,
                           "mm_vision_select_feature": first.select_feature}
+            if first.s2_scales:
+                published |= {"s2": True, "s2_scales": ",".join(map(str, first.s2_scales))}
         nested = {"template": self.template, "towers": [tower.to_dict() for tower in self.towers],
                   "language": "decoder" if isinstance(self.language, DecoderConfig) else "transformers"}
         return {**self.other, **_language_fields(self.language), **published, **asdict(self.connector),
@@ -123,9 +125,9 @@ class MLLMConfig:
         'transformers' (default: as the file says; transformers where it says nothing)."""
         return _read_config(cls, settings, towers, language)
 
-# %% ../nbs/3_connect/5_mllm.ipynb #50fbc490
+# %% ../nbs/3_connect/5_mllm.ipynb #61754506
 DERIVED = {"mm_vision_tower", "mm_hidden_size", "mm_vision_select_layer", "mm_vision_select_feature",
-           "mm_projector_type", "mllm_nb"}   # fields of config.json that towers and connector bring along
+           "s2", "s2_scales", "mm_projector_type", "mllm_nb"}   # fields that towers and connector bring along
 
 # %% ../nbs/3_connect/5_mllm.ipynb #7b63bd64
 def _read_connector(settings: Mapping[str, Any]) -> ProjectorConfig | SVAConfig:
@@ -541,23 +543,34 @@ def write_weights(folder: str | Path, tensors: Mapping[str, Tensor], shard_bytes
     (Path(folder) / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
     return {*weight_map.values(), "model.safetensors.index.json"}
 
-# %% ../nbs/3_connect/5_mllm.ipynb #296d0b3a
+# %% ../nbs/3_connect/5_mllm.ipynb #5b3cd9db
 def whole(tensor: Tensor, keep: bool = True) -> Tensor | None:
     "A tensor whose parts lie on many devices, put together on the CPU (all must ask; who does not `keep` gets None)."
     if not hasattr(tensor, "full_tensor"):
-        return tensor if keep else None
-    together = tensor.full_tensor()
-    return together.cpu() if keep else None
+        return tensor.detach() if keep else None
+    together = tensor.detach().full_tensor() if hasattr(tensor, "placements") else tensor.full_tensor()
+    return together.detach().cpu() if keep else None
+
+
+def refuse_adapters(model: nn.Module, what: str) -> None:
+    "Raise WeightsError for a model whose layers hold adapters or packed weights: their names mean nothing to a reader."
+    odd = [name for name, part in model.named_modules()
+           if hasattr(part, "base_layer") or type(part).__name__ in ("Linear4bit", "Linear8bitLt")]
+    if odd:
+        raise WeightsError(f"{what}: found {len(odd)} layers with adapters or packed weights ({odd[0]}, ...), expected "
+                           "whole ones; make them whole first (training.lora.merge_adapters), or write an adapter's "
+                           "folder (save_adapter; on the command line: mllm merge)")
 
 
 def save_pretrained(model: MLLM, folder: str | Path, tokenizer: Any = None, shard_bytes: float = 5e9,
                     writes: bool = True) -> None:
     """Write config.json and the weights (a tied head once), and the files of a tokenizer that can save itself.
 
-    Of a sharded model all processes call this and one `writes`."""
+    Of a sharded model all processes call this and one `writes`. Raises WeightsError for a model with adapters."""
     folder = Path(folder)
+    refuse_adapters(model, f"save_pretrained to {folder}")
     shared, names = shared_names(model), published_names(model)
-    tensors = {names[name]: whole(tensor, writes) for name, tensor in model.state_dict().items()
+    tensors = {names[name]: whole(tensor, writes) for name, tensor in model.state_dict(keep_vars=True).items()
                if shared.get(name, [name])[0] == name}
     if not writes:
         return

@@ -415,3 +415,25 @@ def test_our_folder_is_in_the_published_form(tmp_path):
     del settings["mllm_nb"]   # what a reader of the published form does not know
     (tmp_path / "ours" / "config.json").write_text(json.dumps(settings))
     assert torch.allclose(scores(load_llava(tmp_path / "ours", vision_tower=tmp_path / "eye")), by_hand(text), atol=1e-5)
+
+
+def test_published_scales_are_read(tmp_path):
+    "`s2` as LLaVA's training writes it: views of the largest scale, three times the channels, the connector's inputs with them."
+    torch.manual_seed(3)
+    text, wide = make_text("llama"), {"0.weight": 0.3 * torch.randn(16, 36)}
+    folder = write(tmp_path / "m", text, extra={f"model.mm_projector.{name}": value for name, value in wide.items()}, s2=True, s2_scales="16,8,24")
+    model = load_llava(folder)
+    tower = model.towers[0]
+    assert tower.config.s2_scales == (8, 16, 24) and tower.width == 36 and model.config.towers[0].preprocess.side == 24
+    view = torch.randn(1, 3, 24, 24)
+    logits = model(IDS, (view,), INDEX, logits=True).logits
+    projector = make_projector() | wide
+    visual = torch.nn.functional.gelu(tower(view).tokens[0] @ projector["0.weight"].T + projector["0.bias"]) @ projector["2.weight"].T + projector["2.bias"]
+    words = text.get_input_embeddings()(IDS)
+    words[:, 1:5] = visual
+    torch.testing.assert_close(logits, text(inputs_embeds=words).logits, atol=1e-5, rtol=1e-4)
+    model.save_pretrained(tmp_path / "again")
+    written = json.loads((tmp_path / "again/config.json").read_text())
+    assert (written["s2"], written["s2_scales"], written["mm_hidden_size"]) == (True, "8,16,24", 36)
+    torch.testing.assert_close(MLLM.from_pretrained(tmp_path / "again")(IDS, (view,), INDEX, logits=True).logits, logits)
+    assert MLLM.from_pretrained(tmp_path / "again").config.towers == model.config.towers

@@ -276,3 +276,99 @@ def test_settings_of_the_wrong_kind_name_their_file(tmp_path, field, value):
     (tmp_path / "config.json").write_text(json.dumps({**settings, field: value}))
     with pytest.raises(ValueError, match="config.json: "):
         Tower.from_pretrained(tmp_path)
+
+
+# several scales (S²)
+
+def as_the_wrapper_does(model, pixels: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    "What LLaVA's CLIPVisionTowerS2 computes with the s2wrapper package, read step by step: transformers' CLIP, slices, block means."
+    side, found = sizes[0], []
+    for size in sizes:
+        scaled, count = torch.nn.functional.interpolate(pixels, size=size, mode="bicubic"), size // side
+        rows = []
+        for i in range(count):
+            tiles = [scaled[:, :, i * side:(i + 1) * side, j * side:(j + 1) * side] for j in range(count)]
+            states = [model(tile, output_hidden_states=True).hidden_states[-2][:, 1:] for tile in tiles]
+            cells = round(states[0].shape[1] ** .5)
+            rows.append(torch.cat([state.reshape(len(pixels), cells, cells, -1) for state in states], dim=2))
+        whole = torch.cat(rows, dim=1)
+        blocks = [[whole[:, i * count:(i + 1) * count, j * count:(j + 1) * count].mean((1, 2)) for j in range(cells)] for i in range(cells)]
+        found.append(torch.stack([torch.stack(row, dim=1) for row in blocks], dim=1).flatten(1, 2))
+    return torch.cat(found, dim=-1)
+
+
+@pytest.mark.parametrize("scales", [(28, 56), (28, 56, 84), (28, 28), (28,)])
+def test_scales_give_what_the_wrapper_gives(scales, tmp_path):
+    from test_vit import original
+    model = original("clip").eval()
+    model.save_pretrained(tmp_path)
+    ours = Tower.from_pretrained(tmp_path, preprocess=Preprocess(size=scales[-1]), s2_scales=scales)
+    pixels = torch.randn(2, 3, scales[-1], scales[-1])
+    features = ours(pixels, image_sizes=[(40, 20), (20, 40)])
+    with torch.no_grad():
+        torch.testing.assert_close(features.tokens, as_the_wrapper_does(model, pixels, list(scales)), atol=1e-5, rtol=1e-5)
+    assert ours.width == ours.config.width == len(scales) * model.config.hidden_size == features.grid.shape[-1]
+    assert ours.config.tokens == features.tokens.shape[1] and features.mask.shape == features.grid.shape[:3] and not features.mask.all()
+    ours.save_pretrained(tmp_path / "own")
+    assert Tower.from_pretrained(tmp_path / "own").config == ours.config
+
+
+@pytest.mark.parametrize("changes, reason", [
+    ({"s2_scales": (16, 40)}, "multiples"), ({"s2_scales": (32, 16)}, "rising"), ({"s2_scales": (16, 32)}, "found 16 pixels"), ({"s2_scales": (16, 0)}, "multiples"),
+    ({"s2_scales": (16.0,)}, "multiples"), ({"s2_scales": (8, 16), "select_feature": "cls_patch"}, "without its class token")])
+def test_scales_that_cannot_be_are_refused(changes, reason):
+    with pytest.raises(ValueError, match="s2_scales.*" + reason):
+        replace(CONFIG, **changes)
+
+
+# folders that say too little
+
+@pytest.mark.parametrize("family, mean, aspect", [("clip", 0.48145466, "square"), ("siglip", 0.5, "stretch"), ("dinov2", 0.485, "square")])
+def test_a_folder_without_preprocessing_is_prepared_as_its_family(family, mean, aspect, tmp_path):
+    from mllm_nb.papers.llava import tower_config_of
+    from test_vit import original
+    model = original(family)
+    model.save_pretrained(tmp_path)
+    for found in (Tower.from_pretrained(tmp_path).config.preprocess, tower_config_of(tmp_path, None).preprocess):
+        assert (found.mean[0], found.aspect, found.size) == (mean, aspect, model.config.image_size)
+
+
+def timm_names(vit: ViT) -> dict[str, torch.Tensor]:
+    "A SigLIP as open_clip stores it: timm's names, one matrix for query, key and value; a pooling head and the text side."
+    state = {"visual.trunk.attn_pool.latent": torch.ones(1), "logit_scale": torch.ones(1), "text.token_embedding.weight": torch.ones(2, 2)}
+    for name, value in vit.state_dict().items():
+        if ".attention.key" in name or ".attention.value" in name:
+            continue
+        if ".attention.query" in name:
+            value = torch.cat([vit.state_dict()[name.replace("query", part)] for part in ("query", "key", "value")])
+            name = name.replace("attention.query", "attn.qkv")
+        for ours, timm in (("patch_embedding.projection", "patch_embed.proj"), ("positions", "pos_embed"), ("layers.", "blocks."),
+                           ("attention.output", "attn.proj"), ("post_norm", "norm")):
+            name = name.replace(ours, timm)
+        state["visual.trunk." + name] = value[None] if name == "pos_embed" else value
+    return state
+
+
+def test_a_siglip_of_open_clip_loads(tmp_path, monkeypatch):
+    from mllm_nb.vision import towers
+    small = dict(patch_size=4, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32, class_token=False)
+    monkeypatch.setitem(towers._TIMM_VITS, "vit_tiny_siglip", small)
+    vit = ViT(ViTConfig(image_size=18, **small))
+    vision = {"model_cfg": {"vision_cfg": {"image_size": 18, "timm_model_name": "vit_tiny_siglip_18"}},
+              "preprocess_cfg": {"mean": [.5] * 3, "std": [.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(vision))
+    save_file(timm_names(vit), tmp_path / "open_clip_model.safetensors")
+    found, pixels = Tower.from_pretrained(tmp_path), torch.randn(1, 3, 18, 18)
+    torch.testing.assert_close(found(pixels).tokens, vit(pixels))      # all layers, and the last norm
+    assert found.config.preprocess == Preprocess(size=18, mean=(.5,) * 3, std=(.5,) * 3, aspect="stretch")
+    save_file(timm_names(ViT(ViTConfig(image_size=18, **small | {"num_hidden_layers": 1}))), tmp_path / "open_clip_model.safetensors")
+    with pytest.raises(ValueError, match="missing"):
+        Tower.from_pretrained(tmp_path)
+
+
+def test_the_so400m_has_its_published_geometry(tmp_path):
+    from mllm_nb.vision.towers import folder_config
+    vision = {"model_cfg": {"vision_cfg": {"image_size": 384, "timm_model_name": "vit_so400m_patch14_siglip_384"}}, "preprocess_cfg": {"resize_mode": "squash"}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(vision))
+    vit = folder_config(tmp_path).vit
+    assert (vit.hidden_size, vit.num_hidden_layers, vit.intermediate_size, vit.grid, vit.hidden_act) == (1152, 27, int(1152 * 3.7362), 27, "gelu")

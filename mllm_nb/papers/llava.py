@@ -41,7 +41,7 @@ from ..language.decoder import Decoder, DecoderConfig
 from ..language.generate import Sampling
 from ..language.tokenizer import open_tokenizer
 from ..mllm import (MLLM, MLLMConfig, Weights, WeightsError, fit_weights, language_family, no_memory, read_json,
-                          read_weights, write_weights)
+                          read_weights, refuse_adapters, write_weights)
 from ..evaluation.world import HeldOut, right_answers
 from ..training.lora import (LoRASettings, add_adapters, adapter_base, local_folder, lora_stage, overlay,
                                    read_adapter, read_whole, safe_file, save_adapter, trainable_names)
@@ -49,7 +49,7 @@ from ..training.loop import TrainingConfig, accumulation, plan_for, train
 from ..training.miniatures import ALIGN, TUNE, Trained, assemble_miniature, give_lessons
 from ..training.parallel import Plan, PlanError, Single, gather_trained, set_dtypes, team_of
 from ..training.recipes import RECIPES, Stage, recipe_and_stage, training_config
-from ..vision.towers import Tower, TowerConfig
+from ..vision.towers import Tower, TowerConfig, find_preprocess
 from ..vision.vit import ViTConfig, load_transformers_state, transformers_state
 
 # %% ../../nbs/9_papers/1_llava.ipynb #32aaa93f
@@ -115,7 +115,7 @@ def grown_vocabulary(settings: Mapping[str, Any], weights: Weights) -> dict[str,
         return dict(settings)
     return {**settings, "vocab_size": max(rows.values())}
 
-# %% ../../nbs/9_papers/1_llava.ipynb #18e2ff26
+# %% ../../nbs/9_papers/1_llava.ipynb #f539a1be
 def tower_settings(settings: Mapping[str, Any], tower: TowerConfig) -> TowerConfig:
     "The tower as this model uses it: layer, class token and the shape of its images from the published fields."
     aspect = settings.get("image_aspect_ratio") or "square"
@@ -123,9 +123,12 @@ def tower_settings(settings: Mapping[str, Any], tower: TowerConfig) -> TowerConf
     pinpoints = settings.get("image_grid_pinpoints") or ()
     pinpoints = ast.literal_eval(pinpoints) if isinstance(pinpoints, str) else pinpoints
     pinpoints = tuple((int(width), int(height)) for width, height in pinpoints) if aspect == "anyres" else ()
-    preprocess = replace(tower.preprocess, aspect=aspect, pinpoints=pinpoints)
+    preprocess, scales = replace(tower.preprocess, aspect=aspect, pinpoints=pinpoints), ()
+    if settings.get("s2"):   # views of the largest scale, which the tower cuts and shrinks by itself
+        scales = tuple(sorted(int(size) for size in settings.get("s2_scales", "336,672,1008").split(",")))
+        preprocess = replace(preprocess, size=scales[-1], crop=None)
     return replace(tower, preprocess=preprocess, select_layer=settings.get("mm_vision_select_layer", -2),
-                   select_feature=settings.get("mm_vision_select_feature", "patch"))
+                   select_feature=settings.get("mm_vision_select_feature", "patch"), s2_scales=scales)
 
 # %% ../../nbs/9_papers/1_llava.ipynb #c856308d
 def tower_folder(settings: Mapping[str, Any], folder: Path, vision_tower: str | Path | None) -> Path | None:
@@ -162,15 +165,14 @@ def load_tower_weights(tower: Tower, tensors: Mapping[str, Tensor]) -> None:
     else:
         load_transformers_state(tower.vit, dict(tensors))
 
-# %% ../../nbs/9_papers/1_llava.ipynb #ac0f1ee3
+# %% ../../nbs/9_papers/1_llava.ipynb #2b0743a2
 def tower_config_of(path: Path, name: str | None) -> TowerConfig:
-    "Geometry and preprocessing of a published vision encoder's folder (preprocessing by default CLIP's)."
+    "Geometry and preprocessing of a published vision encoder's folder."
     settings = read_json(path / "config.json")
     if settings.pop("model_type", None) == "mllm_nb_tower":
         return replace(TowerConfig.from_dict(settings), name=name or path.name)
     vit = ViTConfig.from_transformers(read_json(path / "config.json"))
-    file = path / "preprocessor_config.json"
-    preprocess = Preprocess.from_json(file) if file.is_file() else Preprocess(size=vit.image_size)
+    preprocess = find_preprocess(path, read_json(path / "config.json")["model_type"], vit.image_size)
     return TowerConfig(name or path.name, vit, preprocess)
 
 # %% ../../nbs/9_papers/1_llava.ipynb #d3fa89f1
@@ -312,8 +314,8 @@ def load_transformers_folder(folder: Path, settings: Mapping[str, Any], **option
     published, vit = from_transformers(settings, folder)
     weights = read_base(folder)
     weights = cut_vocabulary(weights, published) if "vocab_size_before_export" in settings else weights
-    file = folder / "preprocessor_config.json"
-    preprocess = Preprocess.from_json(file) if file.is_file() else Preprocess(size=vit.image_size)
+    family = complete(settings["vision_config"], "clip_vision_model")["model_type"]
+    preprocess = find_preprocess(folder, family, vit.image_size)
     tower = Tower(tower_settings(published, TowerConfig("vision_tower", vit, preprocess)))
     try:
         load_transformers_state(tower.vit, sort_names(weights, newline=False)[0])
@@ -402,11 +404,13 @@ def refuse_export(model: MLLM) -> None:
                 for name in model.state_dict() if name.startswith("language."))),
             ("token_count", tower and tower.token_count, "the encoder's own",
              tower and tower.token_count in (None, tower.vit.grid ** 2)),
+            ("s2_scales", tower and tower.s2_scales, "none", not (tower and tower.s2_scales)),
             ("image_aspect_ratio", tower and tower.preprocess.aspect, "pad, square or stretch",
              tower and tower.preprocess.aspect in ("pad", "square", "stretch"))):
         if not fits:
             raise WeightsError(f"export to transformers, {field}: found {found}, expected {expected}")
     vision_fields(tower.vit)
+    refuse_adapters(model, "export to transformers")
 
 # %% ../../nbs/9_papers/1_llava.ipynb #ae3729de
 def vision_fields(config: ViTConfig) -> dict[str, Any]:
@@ -673,7 +677,7 @@ def stage_plan(arguments: Any, batch: int) -> Plan | None:
     "The plan of `--plan`. Raises PlanError, naming the file, for another batch or for what adapters cannot do."
     if not arguments.plan:
         return None
-    plan = Plan.load(arguments.plan)
+    plan = Plan.load(arguments.plan, batch, arguments.per_device)
     if plan.global_batch != batch:
         raise PlanError(f"{arguments.plan}: found a plan for a global batch of {plan.global_batch}, expected {batch}; "
                         f"say --batch {plan.global_batch} or make another plan (mllm plan)")
