@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['plot_two_spaces', 'build_projector', 'Projector', 'ProjectorConfig', 'projector_parameters']
 
-# %% ../../nbs/3_connect/1_mlp.ipynb #dcf9985c
+# %% ../../nbs/3_connect/1_mlp.ipynb #8c2536f0
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,19 +14,28 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..plots import RED
+from ..device import check_settings
+from ..plots import BLUE, GREEN, GREY, RED
 from ..vision.towers import Features
 
-# %% ../../nbs/3_connect/1_mlp.ipynb #b45e2811
+# %% ../../nbs/3_connect/1_mlp.ipynb #52cdcf2e
 def plot_two_spaces(points: Float[Tensor, "points 2"], things: Tensor, words: Sequence[str],
                     word_vectors: Float[Tensor, "words 2"], title: str, axis) -> float:
-    "Points over the words; a ring marks each point whose nearest word is wrong. Returns the share that is right."
+    """Points drawn as the things they show, over the places of the words ("colour\\nshape").
+
+    A point whose nearest word is wrong is pale. Returns the share that is right.
+    """
+    colours = {"red": RED, "green": GREEN, "blue": BLUE}
+    looks = {"dot": {"marker": "o"}, "bar": {"marker": "_", "linewidths": 2.5},
+             "ring": {"marker": "o", "facecolors": "none", "linewidths": 1.5}}
     right = torch.cdist(points, word_vectors).argmin(dim=1) == things
-    axis.scatter(*points.T, c=things, cmap="viridis", s=14)
-    axis.scatter(*points[~right].T, facecolors="none", edgecolors=RED, s=50, linewidths=0.8)
-    for word, (x, y) in zip(words, word_vectors.tolist()):
-        axis.annotate(word, (x, y), ha="center", va="center", fontsize=7,
-                      bbox={"boxstyle": "round", "facecolor": "white", "alpha": 0.7, "linewidth": 0.5})
+    for thing, (word, (x, y)) in enumerate(zip(words, word_vectors.tolist())):
+        colour, shape = word.split("\n")
+        for good in (False, True):
+            axis.scatter(*points[(things == thing) & (right == good)].T, s=28, alpha=1 if good else 0.3,
+                         edgecolors=colours[colour], **{"facecolors": colours[colour]} | looks[shape])
+        axis.plot(x, y, "+", color=GREY, markersize=9, zorder=0)
+        axis.annotate(word.replace("\n", " "), (x, y - 0.5), ha="center", va="top", fontsize=7)
     share = right.float().mean().item()
     axis.set(title=f"{title}: {share:.0%} right", xticks=[], yticks=[], xlim=(-6, 6), ylim=(-6, 6))
     return share
@@ -70,11 +79,14 @@ class Projector(nn.Module):
             raise ValueError(f"towers joined on channels need equal token counts, found {counts}")
         return self.mm_projector(torch.cat([tower.tokens for tower in features], dim=-1))
 
-# %% ../../nbs/3_connect/1_mlp.ipynb #a5e9e1c8
+# %% ../../nbs/3_connect/1_mlp.ipynb #0df8938e
 @dataclass(frozen=True)
 class ProjectorConfig:
     "The published setting of LLaVA's connector."
     mm_projector_type: str = "mlp2x_gelu"
+
+    def __post_init__(self):
+        check_settings(self)
 
     def build(self, input_widths: Sequence[int], output_width: int) -> Projector:
         "The connector between towers of these widths and a language model of `output_width`."

@@ -63,7 +63,8 @@ def show_masks(masks: Mapping[str, Bool[Tensor, "query key"]]):
         axis.set_xticks([x - 0.5 for x in range(len(mask))], [], minor=True)
         axis.grid(True, which="minor", color="white", linewidth=0.8)
         axis.hlines([y + 0.5 for y in range(len(mask) - 1)], -0.5, len(mask) - 0.5, color="white", linewidth=0.8)
-        axis.set(title=title, xlabel="key", xticks=[], yticks=[])
+        axis.set(xlabel="key", xticks=[], yticks=[])
+        axis.set_title(title, fontsize=9, loc="center")
     axes[0, 0].set_ylabel("query")
     return figure
 
