@@ -315,7 +315,7 @@ def test_scales_give_what_the_wrapper_gives(scales, tmp_path):
 
 @pytest.mark.parametrize("changes, reason", [
     ({"s2_scales": (16, 40)}, "multiples"), ({"s2_scales": (32, 16)}, "rising"), ({"s2_scales": (16, 32)}, "found 16 pixels"), ({"s2_scales": (16, 0)}, "multiples"),
-    ({"s2_scales": (16.0,)}, "multiples"), ({"s2_scales": (8, 16), "select_feature": "cls_patch"}, "without its class token")])
+    ({"s2_scales": (16.0,)}, "whole numbers"), ({"s2_scales": (8, 16), "select_feature": "cls_patch"}, "without its class token")])
 def test_scales_that_cannot_be_are_refused(changes, reason):
     with pytest.raises(ValueError, match="s2_scales.*" + reason):
         replace(CONFIG, **changes)
@@ -372,3 +372,44 @@ def test_the_so400m_has_its_published_geometry(tmp_path):
     (tmp_path / "open_clip_config.json").write_text(json.dumps(vision))
     vit = folder_config(tmp_path).vit
     assert (vit.hidden_size, vit.num_hidden_layers, vit.intermediate_size, vit.grid, vit.hidden_act) == (1152, 27, int(1152 * 3.7362), 27, "gelu")
+
+
+# Cambrian's four
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+READ = {   # from the original's encoders and the preprocessing files that they fetch: size, mean, deviation; mean of the padding
+    "siglip/CLIP-ViT-SO400M-14-384": (384, (.5,) * 3, (.5,) * 3, CLIP_MEAN), "openai/clip-vit-large-patch14-336": (336, CLIP_MEAN, CLIP_STD, CLIP_MEAN),
+    "facebook/dinov2-giant-res378": (378, *IMAGENET, IMAGENET[0]), "clip-convnext-XXL-multi-stage": (1024, CLIP_MEAN, CLIP_STD, CLIP_MEAN)}
+
+
+@pytest.mark.parametrize("name", READ)
+@pytest.mark.parametrize("shape", [(50, 31), (17, 40), (30, 30), (500, 3)])
+def test_cambrian_s_pictures_are_prepared_as_by_its_process_images(name, shape):
+    import numpy as np
+    from mllm_nb.images import preprocess
+    from mllm_nb.vision.towers import CAMBRIAN_TOWERS
+    from PIL import Image
+    size, mean, deviation, padding = READ[name]
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (shape[1], shape[0], 3), np.uint8))
+    square = Image.new("RGB", (max(shape),) * 2, tuple(int(x * 255) for x in padding))
+    square.paste(picture, ((max(shape) - shape[0]) // 2, (max(shape) - shape[1]) // 2))
+    values = np.asarray(square.resize((size, size)), np.float64) / 255
+    expected = torch.tensor(((values - mean) / deviation).transpose(2, 0, 1), dtype=torch.float32)
+    torch.testing.assert_close(preprocess(picture, CAMBRIAN_TOWERS[name][0])[0], expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name, family, layer", [("siglip/CLIP-ViT-SO400M-14-384", "siglip", None), ("openai/clip-vit-large-patch14-336", "clip", -2),
+                                                 ("facebook/dinov2-giant-res378", "dinov2", None)])
+def test_cambrian_s_towers_from_folders_without_preprocessing(name, family, layer, tmp_path):
+    from mllm_nb.vision.towers import CAMBRIAN_TOWERS, cambrian_tower
+    from test_vit import original
+    original(family).save_pretrained(tmp_path)
+    model = cambrian_tower(name, tmp_path, token_count=16)
+    prepare, own = CAMBRIAN_TOWERS[name]
+    assert model.config.preprocess == prepare and model.config.name == name and model.config.select_layer == layer
+    assert all(getattr(model.config.vit, field) == value for field, value in own.items())
+    features = model(torch.randn(1, 3, prepare.size, prepare.size), image_sizes=[(40, 20)])
+    assert features.grid.shape[1:3] == (4, 4) and features.mask.sum() == 8 and features.prefix is None
+    with pytest.raises(ValueError, match="dinov2-giant-res378"):
+        cambrian_tower("facebook/dinov2-giant", tmp_path)
