@@ -369,6 +369,7 @@ BUILDERS = {   # part -> function of the run's folder, the part's folder and the
     "language": "mllm_nb.training.miniatures:rebuild_language",
     "contrastive": "mllm_nb.training.miniatures:rebuild_contrastive",
     "masked": "mllm_nb.training.encoders:rebuild_masked",
+    "convnext": "mllm_nb.training.encoders:rebuild_convnext",
     "vqgan": "mllm_nb.papers.lvm:rebuild_vqgan",
     "lvm": "mllm_nb.papers.lvm:rebuild_lvm",
 }
