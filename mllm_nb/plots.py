@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BLACK', 'ORANGE', 'SKY', 'GREEN', 'YELLOW', 'BLUE', 'RED', 'PINK', 'GREY', 'PALE', 'SERIES', 'ROLE_COLORS', 'STYLE',
            'styled', 'canvas', 'array_of', 'show_images', 'show_patch_grid', 'show_patches', 'show_matrix', 'show_mask',
-           'show_strip', 'show_flow', 'show_lines', 'read_metrics', 'smoothed', 'learning_curves', 'accuracy_bars',
-           'show_heat']
+           'show_strip', 'show_flow', 'show_map', 'show_lines', 'read_metrics', 'smoothed', 'learning_curves',
+           'accuracy_bars', 'show_heat']
 
 # %% ../nbs/appendix/plots.ipynb #5fbf8b3e
 import functools
@@ -313,6 +313,25 @@ def flow_middles(steps: Sequence[tuple[str, str]]) -> tuple[list[float], float]:
     widths = np.array([4 + max(len(line) * wide for text, wide in ((name, 1.4), (note, 1)) for line in text.split("\n"))
                        for name, note in steps])
     return (np.cumsum(widths) - widths / 2).tolist(), float(widths.sum())
+
+# %% ../nbs/appendix/plots.ipynb #a40df823
+@styled
+def show_map(places: Mapping[str, tuple[float, float, str]], ways: Sequence[tuple[str, str]],
+             height: float = 3.2) -> "Figure":
+    "Boxes that need more than a row: note -> (x, y, colour), and arrows between them by their notes."
+    figure, axes = canvas(7.5, height)
+    axis = axes[0, 0]
+    boxes = {note: axis.text(x, y, note, ha="center", va="center", fontsize=9, bbox={
+        "boxstyle": "round,pad=0.5", "facecolor": color, "alpha": 0.45, "edgecolor": GREY})
+        for note, (x, y, color) in places.items()}
+    for start, end in ways:
+        axis.annotate("", places[end][:2], places[start][:2], arrowprops={
+            "arrowstyle": "-|>", "color": BLACK, "shrinkA": 3, "shrinkB": 3,
+            "patchA": boxes[start].get_bbox_patch(), "patchB": boxes[end].get_bbox_patch()})
+    across, down = ([place[side] for place in places.values()] for side in (0, 1))
+    axis.set(xlim=(min(across) - 0.5, max(across) + 0.5), ylim=(min(down) - 0.45, max(down) + 0.45))
+    axis.set_axis_off()
+    return figure
 
 # %% ../nbs/appendix/plots.ipynb #0d9450fc
 @styled

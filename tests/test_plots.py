@@ -50,6 +50,7 @@ IMAGE = Image.linear_gradient("L").resize((64, 48)).convert("RGB")
     lambda: plots.show_mask(np.ones((200, 200))),
     lambda: plots.show_strip(list("abc"), ["image", "answer", "something else"], per_row=2),
     lambda: plots.show_flow([("a", "1"), ("b", "2")], "t", marked=[0]),
+    lambda: plots.show_map({"a": (0, 1, plots.SKY), "b": (1, 0, plots.RED)}, [("a", "b")]),
     lambda: plots.show_lines([1, 2], {"a": [1, 2]}, bands={"a": ([0, 1], [2, 3])}, logx=True, logy=True, mark=1.5),
     lambda: plots.accuracy_bars({"m": {"a": 0.5, "b": (0.4, 0.3, 0.5)}}, {"a": 0.1}, {"a": 0.2}),
     lambda: plots.show_heat([IMAGE, IMAGE], [torch.rand(3, 4), np.zeros((3, 4))], shared=True),
