@@ -9,10 +9,12 @@ __all__ = ['EXTRAS', 'NEEDED', 'COMMANDS', 'REASONS', 'Command', 'parity_argumen
            'doctor_arguments', 'run_doctor', 'tour_arguments', 'run_tour', 'part_arguments', 'run_part',
            'claims_arguments', 'run_claims', 'chat_arguments', 'run_chat', 'train_arguments', 'plan_arguments',
            'run_plan', 'run_train', 'form_arguments', 'run_form', 'tokenize_arguments', 'run_tokenize', 'build_parser',
-           'main']
+           'reason_of', 'reader_left', 'main']
 
-# %% ../nbs/appendix/command.ipynb #2f3a6092
+# %% ../nbs/appendix/command.ipynb #97f79f12
 import argparse
+import math
+import os
 import platform
 import re
 import sys
@@ -28,6 +30,17 @@ def positive(text: str) -> int:
         raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number of at least 1")
     return int(text)
 
+
+def number(text: str) -> float:
+    "The type of options that measure something."
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a number of at least 0")
+    return value
+
 # %% ../nbs/appendix/command.ipynb #87a231f1
 @dataclass(frozen=True)
 class Command:
@@ -37,7 +50,7 @@ class Command:
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
 
-# %% ../nbs/appendix/command.ipynb #5e81bc48
+# %% ../nbs/appendix/command.ipynb #fca3acc7
 def parity_arguments(parser: argparse.ArgumentParser) -> None:
     "DIR and what narrows it."
     parser.add_argument("folder", metavar="DIR", help="a folder of golden data with its index.json")
@@ -47,7 +60,8 @@ def parity_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_parity(arguments: argparse.Namespace) -> int:
     "The exit status of the runner."
-    from mllm_nb.parity import run_parity
+    from mllm_nb.parity import read_index, run_parity
+    read_index(arguments.folder)   # what is wrong with it is an error of the command, not a result
     return run_parity(arguments.folder, arguments.system, arguments.kind)
 
 # %% ../nbs/appendix/command.ipynb #ad8d6b59
@@ -122,7 +136,7 @@ def engine_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--api", default="https://en.wikipedia.org/w/api.php", help="of another MediaWiki")
     run.add_argument("--allow-host", action="append", default=[], metavar="HOST",
                      help="a host of your own network that may be asked")
-    run.add_argument("--between", type=float, default=1.0, metavar="S", help="seconds between requests (default: 1)")
+    run.add_argument("--between", type=number, default=1.0, metavar="S", help="seconds between requests (default: 1)")
     run.add_argument("--fields", help="fields of knowledge, divided by commas")
     for name in ("topics", "per-topic", "pictures", "questions"):
         run.add_argument(f"--{name}", type=positive, metavar="N",
@@ -160,7 +174,7 @@ def engine_settings(arguments: argparse.Namespace):
         changes["fields"] = tuple(filter(None, map(str.strip, arguments.fields.split(","))))
     return EngineSettings(**changes)
 
-# %% ../nbs/appendix/command.ipynb #f74434cd
+# %% ../nbs/appendix/command.ipynb #da8810c8
 def run_engine(arguments: argparse.Namespace) -> int:
     "0 if there are records in the end."
     from mllm_nb.data import engine
@@ -172,11 +186,14 @@ def run_engine(arguments: argparse.Namespace) -> int:
         counts = engine.rewrite(Records(arguments.file), arguments.out, writer, arguments.kind, retry=arguments.retry,
                                 workers=arguments.workers, progress=lambda items: quiet_bar(items, arguments.kind))
         print(f"{Path(arguments.out) / arguments.kind}.jsonl: {dict(counts)}")
+        failed = engine.failures(Path(arguments.out) / f"{arguments.kind}_lines.jsonl")
+        print(*(f"  {line}\n" for line in failed), sep="", end="")
         return 0 if counts["ok"] else 1
     made = engine.Engine(arguments.out, engine_source(arguments), writer, engine_settings(arguments), arguments.workers)
     counts = made.run(arguments.until, arguments.retry, progress=quiet_bar)
     for step, found in counts.items():
-        print(f"{step:10}" + ", ".join(f"{number} {what}" for what, number in found.items()))
+        print(f"{step:10}" + ", ".join(f"{count} {what}" for what, count in found.items()))
+        print(*(f"          {line}\n" for line in engine.failures(made.path(step))), sep="", end="")
     print(f"in {arguments.out}: {'engine.jsonl, refused' if 'records' in counts else arguments.until}.jsonl")
     return 0 if counts[arguments.until]["ok"] else 1
 
@@ -280,7 +297,8 @@ def run_tour(arguments: argparse.Namespace) -> int:
 
 def part_arguments(parser: argparse.ArgumentParser) -> None:
     "Options of `mllm part`."
-    parser.add_argument("name", choices=("language", "contrastive", "masked", "vqgan", "lvm"), help="which part")
+    parser.add_argument("name", choices=("language", "contrastive", "masked", "convnext", "vqgan", "lvm"),
+                        help="which part")
     parser.add_argument("--out", required=True, metavar="DIR",
                         help="folder of the run; the part is written to DIR/part")
     parser.add_argument("--steps", type=positive, help="instead of the recipe's number")
@@ -304,11 +322,8 @@ def claims_arguments(parser: argparse.ArgumentParser) -> None:
 def run_claims(arguments: argparse.Namespace) -> int:
     "Re-run a system's claims in miniature."
     from mllm_nb.papers import cambrian, llava, lvm
-    if arguments.system == "lvm":
-        lvm.run_claims(arguments.out, range(arguments.seeds))
-        return 0
-    how = {} if arguments.system == "llava" else {"arms": cambrian.ARMS, "trainer": cambrian.train_miniature}
-    llava.run_claims(arguments.out, range(arguments.seeds), **how)
+    system = {"llava": llava, "cambrian": cambrian, "lvm": lvm}[arguments.system]
+    system.run_claims(arguments.out, range(arguments.seeds))
     return 0
 
 # %% ../nbs/appendix/command.ipynb #b6438e11
@@ -319,7 +334,7 @@ def ask() -> str:
     except EOFError:
         return ""
 
-# %% ../nbs/appendix/command.ipynb #11e8aaef
+# %% ../nbs/appendix/command.ipynb #003597a0
 def chat_arguments(parser: argparse.ArgumentParser) -> None:
     "Options of `mllm chat`."
     parser.add_argument("--model", required=True, metavar="DIR", help="a model folder, such as runs/tour/llava/model")
@@ -329,7 +344,7 @@ def chat_arguments(parser: argparse.ArgumentParser) -> None:
                         help="the language model's folder, for a projector alone or an adapter")
     parser.add_argument("--vision-tower", metavar="DIR",
                         help="the encoder's folder, where the model's files do not hold it")
-    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--temperature", type=number, default=0.0)
     parser.add_argument("--max-new-tokens", type=positive, default=512)
 
 
@@ -344,7 +359,7 @@ def run_chat(arguments: argparse.Namespace) -> int:
         print()
     return 0
 
-# %% ../nbs/appendix/command.ipynb #4056decd
+# %% ../nbs/appendix/command.ipynb #c51a839e
 def train_arguments(parser: argparse.ArgumentParser) -> None:
     "Options of `mllm train`."
     parser.add_argument("--model", metavar="DIR", help="the model to train")
@@ -358,7 +373,7 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=positive, help="samples of a global batch, instead of the recipe's")
     parser.add_argument("--per-device", type=positive,
                         help="samples that fit into memory at once, instead of the recipe's")
-    parser.add_argument("--learning-rate", type=float, help="instead of the recipe's")
+    parser.add_argument("--learning-rate", type=number, help="instead of the recipe's")
     parser.add_argument("--steps", type=positive, help="updates, instead of the recipe's epochs")
     parser.add_argument("--lora", action="store_true", help="adapters in the place of the language model's own weights")
     parser.add_argument("--rank", type=positive,
@@ -375,7 +390,7 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vision-tower", metavar="DIR",
                         help="the encoder's folder, where the model's files do not hold it")
 
-# %% ../nbs/appendix/command.ipynb #cc8584c3
+# %% ../nbs/appendix/command.ipynb #719d6e38
 def plan_arguments(parser: argparse.ArgumentParser) -> None:
     "Options of `mllm plan`."
     parser.add_argument("recipe", metavar="RECIPE", help="a published recipe, also with its stage: cambrian-8b-stage2")
@@ -384,12 +399,12 @@ def plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=positive, help="samples of a global batch, instead of the recipe's")
     parser.add_argument("--per-device", type=positive, help="most samples at once on a device, instead of the recipe's")
     parser.add_argument("--length", type=positive, help="tokens of a row, instead of the recipe's")
-    parser.add_argument("--mean-tokens", type=float, help="of a sample, image included (default: image + 250)")
+    parser.add_argument("--mean-tokens", type=number, help="of a sample, image included (default: image + 250)")
     parser.add_argument("--sharding", choices=("none", "ddp", "fsdp", "tp"), help="only plans of this kind")
     parser.add_argument("--recompute", action="store_true", help="only plans that compute activations twice")
     parser.add_argument("--offload", action="store_true", help="only plans that keep weights in the host's memory")
-    parser.add_argument("--utilization", type=float, default=0.4, help="share of the peak speed (default: 0.4)")
-    parser.add_argument("--price", type=float, help="dollars an hour and device, instead of the table's")
+    parser.add_argument("--utilization", type=number, default=0.4, help="share of the peak speed (default: 0.4)")
+    parser.add_argument("--price", type=number, help="dollars an hour and device, instead of the table's")
     parser.add_argument("--out", metavar="FILE", help="write the plan as JSON, for mllm train --plan")
     parser.add_argument("--script", choices=("slurm", "tpu"), help="print a ready script instead")
 
@@ -492,20 +507,44 @@ def build_parser() -> argparse.ArgumentParser:
 # %% ../nbs/appendix/command.ipynb #9ea4a9b4
 REASONS = ("CheckpointError", "LostProcess", "LossError")   # besides wrong values, files and packages: a line will do
 
-# %% ../nbs/appendix/command.ipynb #88dfc29c
+# %% ../nbs/appendix/command.ipynb #0e5c6c90
+def reason_of(error: Exception) -> str:
+    "What the user is told of an error; of a bug also that it is one."
+    said = str(error) or type(error).__name__
+    if isinstance(error, (ValueError, OSError, ImportError)) or type(error).__name__ in REASONS:
+        return said
+    return f"{type(error).__name__}: {' '.join(said.split())} (nobody foresaw this; mllm --debug ... shows where)"
+
+
+def reader_left() -> bool:
+    "Has whoever read our output gone? Then the rest of it goes nowhere, without complaints at the program's end."
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return True
+    return False
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     "Run `mllm`; returns the exit status."
     found = build_parser().parse_args(arguments)
+    name = " ".join(filter(None, ("mllm", found.command, getattr(found, "action", None))))
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")   # names of files need not be text
     try:
-        return found.run(found)
+        status = found.run(found)
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        print(f"{name}: stopped", file=sys.stderr)
         return 130
-    except (ValueError, OSError, ImportError, RuntimeError, ArithmeticError) as error:
-        expected = isinstance(error, (ValueError, OSError, ImportError)) or type(error).__name__ in REASONS
-        if found.debug or not expected:
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and reader_left():
+            return 0
+        if found.debug:
             raise
-        print(f"mllm {found.command}: {error}", file=sys.stderr)
+        print(f"{name}: {reason_of(error)}", file=sys.stderr)
         return 2
 
 # %% ../nbs/appendix/command.ipynb #764a982d

@@ -26,6 +26,8 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from .device import check_settings
+
 # %% ../nbs/1_see/1_images.ipynb #11e76ee7
 class ImageError(ValueError):
     "An image that cannot be used; the message names the file, what was found and what is expected."
@@ -160,19 +162,24 @@ def _deep_to_bytes(image: Image.Image, name: str) -> Image.Image:
         raise ImageError(f"{name}: {found}; expected 0 to {ranges[-1]}")
     return Image.fromarray(np.round(values * (255 / full)).astype(np.uint8))
 
-# %% ../nbs/1_see/1_images.ipynb #747229c4
+# %% ../nbs/1_see/1_images.ipynb #02ecbe8f
 _TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270",
           7: "TRANSVERSE", 8: "ROTATE_90"}  # EXIF orientation to what undoes it; 1 is upright
 
-def _upright(image: Image.Image) -> Image.Image:
-    "Turn the pixels as the camera's EXIF orientation says; an unreadable EXIF block counts as upright."
+def orientation(image: Image.Image) -> int:
+    "The camera's EXIF orientation, 1 to 8; 1 (upright) where it is unreadable or none of these."
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "Corrupt EXIF data": the pixels are fine
-            orientation = image.getexif().get(0x0112)
+            found = image.getexif().get(0x0112)
     except _BROKEN:
-        return image
-    return image.transpose(Image.Transpose[_TURNS[orientation]]) if orientation in _TURNS else image
+        return 1
+    return found if isinstance(found, int) and found in _TURNS else 1
+
+def _upright(image: Image.Image) -> Image.Image:
+    "Turn the pixels as the camera says."
+    turn = _TURNS.get(orientation(image))
+    return image if turn is None else image.transpose(Image.Transpose[turn])
 
 # %% ../nbs/1_see/1_images.ipynb #320801a6
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
@@ -237,7 +244,7 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 _ASPECTS = ("pad", "square", "stretch", "anyres")
 
-# %% ../nbs/1_see/1_images.ipynb #bd1eb5da
+# %% ../nbs/1_see/1_images.ipynb #e969ced5
 @dataclass(frozen=True)
 class Preprocess:
     """How a tower wants its images; the defaults are CLIP's at 336 pixels, padded to a square as LLaVA-1.5 does.
@@ -247,20 +254,25 @@ class Preprocess:
     """
     size: int = 336  # pixels of the shortest edge after resizing
     crop: int | None = None  # pixels of the centre crop; None = size
-    mean: tuple[float, ...] = CLIP_MEAN
-    std: tuple[float, ...] = CLIP_STD
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
     aspect: str = "pad"
     resample: str = "bicubic"
     pinpoints: tuple[tuple[int, int], ...] = ()  # canvases (width, height) of 'anyres'
-    pad_mean: tuple[float, ...] | None = None  # colour of the padding in 0..1; None = mean
+    pad_mean: tuple[float, float, float] | None = None  # colour of the padding in 0..1; None = mean
     rescale: float = 1 / 255
 
     def __post_init__(self):
+        check_settings(self, ("size", "crop", "std", "rescale"), ("pad_mean",))
         for field, allowed in (("aspect", _ASPECTS), ("resample", tuple(_RESAMPLE.values()))):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"Preprocess.{field} is {getattr(self, field)!r}; expected one of {allowed}")
         if self.aspect == "anyres" and not self.pinpoints:
             raise ValueError("Preprocess.aspect 'anyres' needs pinpoints, such as ((336, 672), (672, 336))")
+        largest = max(self.size, self.side, *(max(sides) for sides in self.pinpoints))
+        if largest**2 > _MOST_PIXELS or any(min(sides) < 1 for sides in self.pinpoints):
+            raise ValueError(f"Preprocess: size {self.size}, crop {self.crop}, pinpoints {self.pinpoints}; "
+                             f"expected 1 to {math.isqrt(_MOST_PIXELS)} pixels a side")
 
     @property
     def side(self) -> int:
@@ -278,31 +290,47 @@ class Preprocess:
 
     @classmethod
     def from_json(cls, config: dict | str | Path, **changes: Any) -> "Preprocess":
-        "Settings from a preprocessor_config.json (path or content); `changes` replace fields, e.g. aspect='pad'."
-        return cls(**(_published_settings(config) | changes))
+        """Settings from a preprocessor_config.json (path or content); `changes` replace fields, e.g. aspect='pad'.
 
-# %% ../nbs/1_see/1_images.ipynb #426abb83
-def _edge(value: Any, *names: str) -> int:
+        Raises ValueError that names file and field."""
+        name = "preprocessor_config.json" if isinstance(config, dict) else config
+        try:
+            config = config if isinstance(config, dict) else json.loads(Path(config).read_text(encoding="utf-8"))
+            if not isinstance(config, dict):
+                raise ValueError(f"found a JSON {type(config).__name__}, expected an object")
+            return cls(**(_published_settings(config) | changes))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{name}: {error}") from None
+
+# %% ../nbs/1_see/1_images.ipynb #f92c574b
+def _edge(field: str, value: Any, *names: str) -> int:
     "An int, or the named entry of a size dictionary such as {'shortest_edge': 336}."
-    if not isinstance(value, dict):
-        return int(value)
-    return next(int(value[name]) for name in names if value.get(name))
+    found = next((value[name] for name in names if value.get(name)), None) if isinstance(value, dict) else value
+    if not isinstance(found, (int, float)) or isinstance(found, bool) or not 0 < found < 2**31:
+        raise ValueError(f"{field}: found {value!r}, expected a number of pixels, or one as {' or '.join(names)}")
+    return int(found)
 
-def _published_settings(config: dict | str | Path) -> dict:
+def _numbers(config: dict, field: str, default: tuple) -> tuple:
+    "A list of the file as a tuple."
+    found = config.get(field, default)
+    if not isinstance(found, (list, tuple)):
+        raise ValueError(f"{field}: found {found!r}, expected a list of 3 numbers")
+    return tuple(found)
+
+def _published_settings(config: dict) -> dict:
     "The fields of a Hugging Face preprocessor_config.json under our names."
-    if not isinstance(config, dict):
-        config = json.loads(Path(config).read_text())
     size = config.get("size", 224)
     exact = isinstance(size, dict) and "shortest_edge" not in size  # height and width: squeezed (SigLIP)
-    size = _edge(size, "shortest_edge", "height", "longest_edge")
-    crop = _edge(config.get("crop_size", size), "height", "shortest_edge")
+    size = _edge("size", size, "shortest_edge", "height", "longest_edge")
+    crop = _edge("crop_size", config.get("crop_size", size), "height", "shortest_edge")
+    if (resample := config.get("resample", 3)) not in tuple(_RESAMPLE):
+        raise ValueError(f"resample: found {resample!r}, expected one of {_RESAMPLE}")
     if not config.get("do_center_crop", not exact):
         crop = size
     plain = not config.get("do_normalize", True)
     return dict(size=size, crop=None if crop == size else crop, aspect="stretch" if exact else "square",
-                mean=(0.0,) * 3 if plain else tuple(config.get("image_mean", CLIP_MEAN)),
-                std=(1.0,) * 3 if plain else tuple(config.get("image_std", CLIP_STD)),
-                resample=_RESAMPLE[int(config.get("resample", 3))],
+                mean=(0.0,) * 3 if plain else _numbers(config, "image_mean", CLIP_MEAN),
+                std=(1.0,) * 3 if plain else _numbers(config, "image_std", CLIP_STD), resample=_RESAMPLE[resample],
                 rescale=config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 1.0)
 
 # %% ../nbs/1_see/1_images.ipynb #03493263

@@ -28,10 +28,11 @@ from torch.utils.checkpoint import checkpoint
 
 from .connectors.mlp import ProjectorConfig
 from .connectors.sva import Sight, SVAConfig, looking
-from .language.chat import IGNORE
+from .device import check_settings, in_words, of_kind
+from .language.chat import IGNORE, find_template
 from .language.decoder import Decoder, DecoderConfig, TransformersDecoder, attention_mask
 from .language.generate import generate
-from .vision.towers import NEWLINE, TEXT, Features, Tower, TowerConfig, shard_names
+from .vision.towers import LAYOUTS, NEWLINE, TEXT, Features, Tower, TowerConfig, shard_names
 from .vision.vit import ViT, published_name
 
 # %% ../nbs/3_connect/5_mllm.ipynb #6d41ea05
@@ -58,7 +59,7 @@ FAMILY_OF = {   # published model_type -> the language model's own model_type
 
 def language_family(model_type: str) -> str:
     "The language model inside a published multimodal `model_type`. Raises ValueError for an unknown one."
-    if model_type not in FAMILY_OF:
+    if not isinstance(model_type, str) or model_type not in FAMILY_OF:
         raise ValueError(f"config.json, model_type: found {model_type!r}, expected one of {sorted(FAMILY_OF)}")
     return FAMILY_OF[model_type]
 
@@ -77,7 +78,25 @@ def _language_fields(language: DecoderConfig | Mapping[str, Any]) -> dict[str, A
     experts = values.pop("num_experts")
     return values | ({"num_local_experts": experts} if experts else {})
 
-# %% ../nbs/3_connect/5_mllm.ipynb #9937eb9c
+# %% ../nbs/3_connect/5_mllm.ipynb #aefbf126
+_SIZES = ("vocab_size", "hidden_size", "d_model", "intermediate_size", "num_attention_heads", "n_heads", "head_dim",
+          "num_key_value_heads", "max_position_embeddings", "max_seq_len", "expansion_ratio", "sliding_window")
+_LIMITS = {   # field -> kind, least, most
+    **dict.fromkeys(_SIZES, (int, 1, 2**31)), "num_hidden_layers": (int, 0, 10_000), "n_layers": (int, 0, 10_000),
+    "rms_norm_eps": (float, 0, 1), "layer_norm_epsilon": (float, 0, 1), "rope_theta": (float, 1e-9, 1e30),
+    "initializer_range": (float, 0, 1e9)}
+
+
+def check_language(settings: Mapping[str, Any]) -> None:
+    "ValueError for the first of these fields that is no number, or none that a language model can have."
+    rope = settings.get("rope_parameters")
+    found = {**settings, **(rope if isinstance(rope, Mapping) else {})}
+    for name, (kind, least, most) in _LIMITS.items():
+        value = found.get(name)
+        if value is not None and not (of_kind(value, kind) and least <= value <= most):
+            raise ValueError(f"{name}: found {value!r}, expected {in_words(kind)} from {least} to {most}")
+
+# %% ../nbs/3_connect/5_mllm.ipynb #b1821d77
 @dataclass(frozen=True)
 class MLLMConfig:
     """Everything a model is made of. `language` is a DecoderConfig for the book's decoder, or a mapping with
@@ -89,13 +108,22 @@ class MLLMConfig:
     model_type: str = "llava_llama"
     mm_patch_merge_type: str = "flat"
     image_aspect_ratio: str = "pad"
-    image_grid_pinpoints: tuple[tuple[int, int], ...] | None = None
+    image_grid_pinpoints: tuple[tuple[int, int], ...] | str | None = None   # published also as a text
     mm_use_im_start_end: bool = False
     mm_use_im_patch_token: bool = False
     tokenizer_model_max_length: int = 2048
     tokenizer_padding_side: str = "right"
     template: str = "v1"
     other: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        check_settings(self, ("tokenizer_model_max_length",))
+        find_template(self.template)
+        for name, allowed in (("mm_patch_merge_type", LAYOUTS), ("tokenizer_padding_side", ("left", "right"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"MLLMConfig.{name}: found {getattr(self, name)!r}, expected one of {allowed}")
+        if not isinstance(self.language, DecoderConfig):
+            check_language(self.language)
 
     @property
     def has_newline(self) -> bool:
@@ -125,6 +153,18 @@ class MLLMConfig:
         'transformers' (default: as the file says; transformers where it says nothing)."""
         return _read_config(cls, settings, towers, language)
 
+# %% ../nbs/3_connect/5_mllm.ipynb #8b0463ff
+_set_field = MLLMConfig.__setattr__
+
+
+def _set_or_ignore(config: MLLMConfig, name: str, value: Any) -> None:
+    "Configurations are fixed; but transformers' Trainer writes `use_cache` into every one, which means nothing here."
+    if name != "use_cache":
+        _set_field(config, name, value)
+
+
+MLLMConfig.__setattr__ = _set_or_ignore
+
 # %% ../nbs/3_connect/5_mllm.ipynb #61754506
 DERIVED = {"mm_vision_tower", "mm_hidden_size", "mm_vision_select_layer", "mm_vision_select_feature",
            "s2", "s2_scales", "mm_projector_type", "mllm_nb"}   # fields that towers and connector bring along
@@ -137,10 +177,11 @@ def _read_connector(settings: Mapping[str, Any]) -> ProjectorConfig | SVAConfig:
     names = {item.name for item in fields(SVAConfig)}
     return SVAConfig(**{name: _tuples(settings[name]) for name in names if settings.get(name) is not None})
 
-# %% ../nbs/3_connect/5_mllm.ipynb #17ba5ba1
+# %% ../nbs/3_connect/5_mllm.ipynb #95716cd2
 def _read_config(cls, settings: Mapping[str, Any], towers, language: str | None) -> MLLMConfig:
     "The body of `MLLMConfig.from_dict`."
-    nested = settings.get("mllm_nb", {})
+    if not isinstance(nested := settings.get("mllm_nb", {}), Mapping):
+        raise ValueError(f"mllm_nb: found {nested!r}, expected an object")
     family = language_family(settings.get("model_type"))
     if towers is None:
         towers = [TowerConfig.from_dict(tower) for tower in nested.get("towers", ())]
@@ -226,7 +267,7 @@ def segment_positions(segments: Int[Tensor, "batch sequence"]) -> Int[Tensor, "b
     starts = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
     return steps - torch.where(starts, steps, 0).cummax(dim=1).values
 
-# %% ../nbs/3_connect/5_mllm.ipynb #e4eddeb1
+# %% ../nbs/3_connect/5_mllm.ipynb #cb1bef48
 @dataclass
 class Output:
     "What a call of the model gives: `loss`, the mean over `tokens` supervised positions; `logits` only if asked for."
@@ -234,6 +275,10 @@ class Output:
     loss: Float[Tensor, ""] | None = None
     tokens: int | None = None
     logits: Float[Tensor, "batch sequence vocabulary"] | None = None
+
+    def __getitem__(self, place: int | str) -> Any:
+        "By name, or by place as transformers' Trainer asks: the loss first, then the logits."
+        return getattr(self, place) if isinstance(place, str) else (self.loss, self.logits)[place]
 
 # %% ../nbs/3_connect/5_mllm.ipynb #d732e9f0
 def in_dtype_of(module: nn.Module, features: list[Features]) -> list[Features]:
@@ -358,7 +403,7 @@ class MLLM(Parts):
         with self.reading(input_ids, pixels, image_index, image_sizes) as embeddings:
             return generate(self.language, embeddings=embeddings, mask=mask, **settings)
 
-# %% ../nbs/3_connect/5_mllm.ipynb #85b0ea36
+# %% ../nbs/3_connect/5_mllm.ipynb #dd7eb04d
 class WeightsError(ValueError):
     "Weights that cannot be read or do not fit; the message names file, keys, what was found and what is expected."
 
@@ -376,11 +421,13 @@ def naming(file: str | Path):
     "Whatever is wrong inside with what a file says becomes one WeightsError that names the file."
     try:
         yield
-    except WeightsError:
+    except (WeightsError, OSError):   # these name their files by themselves
         raise
     except Exception as error:   # settings of the wrong kind fail anywhere: here, in PyTorch, in transformers
         reason = f"found no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
-        raise WeightsError(f"{file}: {'' if str(file) in reason else 'cannot be used: '}{reason}") from error
+        reason = reason.removeprefix("config.json, ").removeprefix("config.json: ")[:600]
+        named = str(file) in reason or f"{Path(file).parent}{os.sep}" in reason
+        raise WeightsError(reason if named else f"{file}: cannot be used: {reason}") from error
 
 # %% ../nbs/3_connect/5_mllm.ipynb #8e679571
 def weight_files(folder: str | Path) -> list[Path]:

@@ -656,7 +656,8 @@ def read_index(folder: str | Path, system: str | None = None, kind: str | None =
         cases = read_object(path)["cases"]
         return [case for case in cases if system in (None, case.get("system")) and kind in (None, case.get("kind"))]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        found = f"{type(error).__name__}: {error}"
+        missing = isinstance(error, OSError) and not path.exists()
+        found = "no such file" if missing else f"{type(error).__name__}: {error}"
         raise ValueError(f"{path}: expected a JSON object with a list `cases` ({found})") from None
 
 # %% ../nbs/appendix/parity.ipynb #a8726288

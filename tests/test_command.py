@@ -1,5 +1,6 @@
 "The command line: quick to start, right exit statuses, one clear line for an error."
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -115,17 +116,38 @@ def test_errors_are_one_line_and_debug_raises(monkeypatch, capsys):
         command.main(["--debug", "broken"])
 
 
+@pytest.mark.parametrize("error, said", [
+    (KeyError("x"), "KeyError: 'x' (nobody foresaw this"), (MemoryError(), "MemoryError"), (RuntimeError("a\nb"), "RuntimeError: a b"),
+    (KeyboardInterrupt(), "stopped"), (FileNotFoundError(2, "no such file", "f"), "'f'")])
+def test_no_error_shows_a_traceback(error, said, monkeypatch, capsys):
+    def fail(arguments): raise error
+    monkeypatch.setattr(command, "COMMANDS", (command.Command("broken", "fails", lambda parser: None, fail),))
+    assert command.main(["broken"]) == (130 if isinstance(error, KeyboardInterrupt) else 2)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("mllm broken: ") and said in line
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a shell's pipes")
+def test_odd_names_are_printed_and_a_reader_may_leave(tmp_path):
+    (tmp_path / "records.jsonl").write_text("\n".join(json.dumps({"id": f"\ud800{i}"}) for i in range(20_000)))
+    call = f"{sys.executable} -m mllm_nb.command data check {tmp_path}/records.jsonl --all | head -n 1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", call], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "0" and done.stderr == ""
+
+
 @pytest.mark.parametrize("line, said", [
     ("part vqgan --steps 0 --out {0}", "at least 1"), ("claims --seeds -1 --out {0}", "at least 1"),
     ("tour --questions x --out {0}", "whole number"), ("tokenize --out {0}", "name one source"),
     ("tokenize a.png --world 3 --out {0}", "name one source"), ("convert {0}/nowhere", "no such file or folder"),
-    ("merge {0}/nowhere --out {0}/out", "nowhere: no such folder")])
+    ("merge {0}/nowhere --out {0}/out", "nowhere: no such folder"), ("parity {0}/nowhere", "mllm parity: {0}/nowhere/index.json: "),
+    ("data check {0}/nowhere", "mllm data check: {0}/nowhere: no such file"), ("plan llava-v1.5-7b --price nan", "expected a number of at least 0"),
+    ("chat --model m --image i --temperature -1", "expected a number of at least 0")])
 def test_foolish_arguments_get_one_line(line, said, tmp_path, capsys):
     try:
         status = command.main([word.format(tmp_path) for word in line.split()])
     except SystemExit as stopped:                 # argparse's own way
         status = stopped.code
-    assert status == 2 and said in capsys.readouterr().err.splitlines()[-1]
+    assert status == 2 and said.format(tmp_path) in capsys.readouterr().err.splitlines()[-1]
     assert not any(tmp_path.iterdir())
 
 

@@ -107,6 +107,14 @@ def test_published_sizes():
     assert count == 196_227_264 and ConvNeXtConfig().hidden_size == 2880   # timm's convnext_large without its head
 
 
+@pytest.mark.parametrize("change, said", [({"depths": 3}, "depths: found 3"), ({"depths": ["x"]}, "depths"), ({"hidden_sizes": [8, "x"]}, "hidden_sizes"),
+                                          ({"patch_size": 0}, "patch_size: found 0"), ({"layer_scale_init_value": "x"}, "layer_scale_init_value"),
+                                          ({"image_size": 3.5}, "image_size: found 3.5"), ({"depths": [1]}, "as many depths as widths")])
+def test_settings_of_the_wrong_kind_are_named(change, said):
+    with pytest.raises(ValueError, match=said):
+        ConvNeXtConfig.from_transformers({"model_type": "convnext", **change})
+
+
 def test_views_that_are_too_small_are_refused():
     with pytest.raises(ValueError, match="found views of 40 x 16 pixels, expected at least 32 x 32"):
         random_net()(torch.zeros(1, 3, 16, 40))

@@ -162,10 +162,26 @@ def test_settings_from_published_files(tmp_path):
     assert replace(dino, aspect="anyres", pinpoints=((448, 224),)).tiles((100, 30)) == (2, 1)
 
 
-@pytest.mark.parametrize("wrong, word", [({"aspect": "padd"}, "aspect"), ({"aspect": "anyres"}, "pinpoints"), ({"resample": "cubic"}, "resample")])
+@pytest.mark.parametrize("wrong, word", [({"aspect": "padd"}, "aspect"), ({"aspect": "anyres"}, "pinpoints"), ({"resample": "cubic"}, "resample"),
+                                         ({"mean": ()}, "Preprocess.mean: found .., expected a list of 3 numbers"), ({"mean": (0, 0)}, "mean"),
+                                         ({"mean": (float("nan"),) * 3}, "mean: found .nan, nan, nan."), ({"std": (1, 0, 1)}, "std: found .1, 0, 1., expected more"),
+                                         ({"size": 0}, "size: found 0"), ({"size": 10**9}, "expected 1 to 16384 pixels"), ({"rescale": "x"}, "rescale"),
+                                         ({"aspect": "anyres", "pinpoints": ((0, 8),)}, "pinpoints")])
 def test_wrong_settings_are_refused(wrong, word):
     with pytest.raises(ValueError, match=word):
         Preprocess(**wrong)
+
+
+@pytest.mark.parametrize("config, field", [
+    ({"size": "x"}, "size"), ({"size": {}}, "size"), ({"size": {"shortest_edge": True}}, "size"), ({"crop_size": [224]}, "crop_size"),
+    ({"resample": 9}, "resample"), ({"resample": []}, "resample"), ({"image_mean": 0.5}, "image_mean"), ({"image_std": [0, 0, 0]}, "std"),
+    ({"rescale_factor": None}, "rescale"), ([], "a JSON list"), ("{", "Expecting")])
+def test_published_files_of_the_wrong_kind_are_named_with_the_field(config, field, tmp_path):
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(config if isinstance(config, str) else json.dumps(config))
+    with pytest.raises(ValueError, match=field) as caught:
+        Preprocess.from_json(file)
+    assert str(caught.value).startswith(f"{file}: ")
 
 
 # opening

@@ -383,13 +383,24 @@ def test_no_memory_restores_modules():
 
 @pytest.mark.parametrize("change", [
     {"vocab_size": "x"}, {"hidden_size": None}, {"num_hidden_layers": 10**9}, {"head_dim": "x"}, {"model_type": []},
-    {"mllm_nb": None}, {"mllm_nb": {"towers": [None], "language": "decoder"}}, {"mm_projector_type": 5}])
+    {"mllm_nb": None}, {"mllm_nb": {"towers": [None], "language": "decoder"}}, {"mm_projector_type": 5}, {"mm_projector_type": None},
+    {"mm_patch_merge_type": "x"}, {"tokenizer_padding_side": "up"}, {"tokenizer_model_max_length": -1}, {"rope_theta": -1.0},
+    {"mm_use_im_start_end": "no"}, {"mllm_nb": {"template": "no such", "language": "decoder"}}])
 def test_settings_of_the_wrong_kind_name_the_file(tmp_path, change):
     MLLM(replace(TINY, language=DecoderConfig(30, 16, 24, 1, 2))).save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    with pytest.raises(WeightsError, match="config.json"):
+    with pytest.raises(WeightsError, match="config.json") as caught:
         MLLM.from_pretrained(tmp_path)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"num_hidden_layers": 10**9}, "num_hidden_layers: found 1000000000, expected a whole number from 0 to 10000"),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": -1}}, "rope_theta: found -1"), ({"rms_norm_eps": "x"}, "rms_norm_eps: found 'x'")])
+def test_settings_that_transformers_would_take_are_refused(change, said):
+    with pytest.raises(ValueError, match=said):
+        replace(TINY, language={"model_type": "llama", **change})
 
 
 def test_a_tied_head_may_be_stored_twice_and_integers_are_no_weights(tmp_path):

@@ -26,10 +26,12 @@ from mllm_nb.papers.llava import (
     LLAVA_LIGHTNING_MPT_7B,
     PUBLISHED,
     convert_folder,
+    convert_pickle,
     cover,
     load_llava,
     processor_for,
 )
+from mllm_nb.samples import samples_path
 
 MANIFESTS = Path(__file__).parent / "golden/manifests"
 SIZES = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -387,6 +389,37 @@ def test_configuration_that_does_not_fit(tmp_path, change, expected):
     for language in ("decoder", "transformers"):
         with pytest.raises(ValueError, match=expected):
             load_llava(folder, language=language)
+
+
+@pytest.mark.parametrize("change, field", [
+    ({"vocab_size": "x"}, "vocab_size"), ({"vocab_size": -1}, "vocab_size"), ({"hidden_size": []}, "hidden_size"), ({"rms_norm_eps": "x"}, "rms_norm_eps"),
+    ({"image_aspect_ratio": 3}, "image_aspect_ratio"), ({"image_aspect_ratio": "anyres", "image_grid_pinpoints": 5}, ""),
+    ({"mm_vision_select_layer": "x"}, "select_layer"), ({"mm_vision_select_layer": 99}, "select_layer"), ({"mm_vision_tower": []}, "mm_vision_tower"),
+    ({"mm_projector_type": None}, "mm_projector_type"), ({"model_type": []}, "model_type"), ({"tie_word_embeddings": "x"}, "tie_word_embeddings")])
+@pytest.mark.parametrize("language", ["decoder", "transformers"])
+def test_settings_of_the_wrong_kind_name_the_file(tmp_path, change, field, language):
+    folder = write(tmp_path / "llava", make_text("llama"), tower="mm_vision_tower" not in change)
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(WeightsError, match=field) as caught:
+        load_llava(folder, language=language)
+    assert str(caught.value).startswith(f"{file}") and len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("part", ["language", "contrastive", "lvm", "vqgan"])
+def test_parts_alone_are_no_multimodal_model(part):
+    with pytest.raises(WeightsError, match=r"config.json: found a \w+ without a vision tower"):
+        load_llava(samples_path("mini", part))
+
+
+def test_files_that_are_no_pickles_are_named(tmp_path):
+    (tmp_path / "a.bin").write_bytes(b"no pickle")
+    torch.save([torch.ones(2)], tmp_path / "b.bin")
+    (tmp_path / "c.bin").write_bytes(b"")
+    for name in "abc":
+        with pytest.raises(WeightsError, match=f"{name}.bin: ") as caught:
+            convert_pickle(tmp_path / f"{name}.bin")
+        assert len(str(caught.value).splitlines()) == 1
 
 
 def test_tower_of_another_geometry(tmp_path):

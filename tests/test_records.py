@@ -11,6 +11,7 @@ from PIL import Image
 
 from mllm_nb.data.records import (
     RecordError, Records, Sample, check_records, image_path, index_array, index_lines, open_any, upright_size, write_records)
+from mllm_nb.images import ImageError
 from mllm_nb.language.chat import Turn
 from mllm_nb.samples import samples_path
 
@@ -171,7 +172,7 @@ def test_every_kind_of_bad_record_is_named(tmp_path, bad, field):
 
 @pytest.mark.parametrize("line, field", [
     (b'{"id": 1, "conversations": ', "JSON"), (b"[]", "JSON"), (b"17", "JSON"), (b'{"id": "\xff"}', "encoding"),
-    (b'{"a": 1} {"b": 2}', "JSON"), (b"[" * 100_000, "JSON")])
+    (b'{"a": 1} {"b": 2}', "JSON"), (b'{"id": 1, "id": 2}', "JSON"), (b"[" * 100_000, "JSON")])
 def test_lines_that_are_no_record(tmp_path, line, field):
     good = json.dumps(record()).encode()
     (tmp_path / "data.jsonl").write_bytes(good + b"\n" + line + b"\n" + good)
@@ -259,6 +260,26 @@ def test_upright_size_turns_photographs(tmp_path):
     exif = Image.Exif(); exif[0x0112] = 6
     Image.new("RGB", (9, 6)).save(tmp_path / "a.jpg", exif=exif)
     assert upright_size(tmp_path / "a.jpg") == open_any(tmp_path / "a.jpg").size == (6, 9)
+    for odd in (0, 9, 255):                                       # no orientation that there is
+        exif[0x0112] = odd
+        Image.new("RGB", (9, 6)).save(tmp_path / "a.jpg", exif=exif)
+        assert upright_size(tmp_path / "a.jpg") == open_any(tmp_path / "a.jpg").size == (9, 6)
+    Image.new("RGB", (9, 6)).save(tmp_path / "b.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\x02\0\0\0a\0\0\0\0\0\0\0")
+    assert upright_size(tmp_path / "b.jpg") == (9, 6)             # a text where a number is expected
+
+
+def test_sizes_of_what_is_no_picture(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "text.png").write_text("no picture")
+    for name in ("pipe.png", "text.png", "missing.png", "."):
+        with pytest.raises(ImageError, match=name): upright_size(tmp_path / name)
+    with pytest.raises(ImageError, match="<3 bytes>"): upright_size(b"abc")
+
+
+def test_a_folder_that_is_none_is_said(tmp_path):
+    write(tmp_path / "data.jsonl", [with_image("a.png")])
+    assert "which is no folder" in check_records(Records(tmp_path / "data.jsonl", tmp_path / "nowhere")).errors[0].expected
+    with pytest.raises(RecordError, match="no file, expected records"): Records(tmp_path)
 
 
 # ---- report and writing

@@ -182,7 +182,14 @@ def test_settings_of_released_encoders():
 
 
 @pytest.mark.parametrize("config, word", [({"model_type": "resnet"}, "resnet"), ({}, "None"), ({"model_type": "dinov2", "image_size": [224, 112]}, "not square"),
-                                          ({"model_type": "dinov2", "hidden_act": "tanhx"}, "tanhx"), ({"model_type": "dinov2", "hidden_size": 100}, "multiple")])
+                                          ({"model_type": "dinov2", "hidden_act": "tanhx"}, "tanhx"), ({"model_type": "dinov2", "hidden_size": 100}, "multiple"),
+                                          ({"model_type": []}, "expected one of"), ({"vision_config": 3}, "vision_config: found 3"),
+                                          ({"model_type": "dinov2", "hidden_size": "x"}, "hidden_size"), ({"model_type": "dinov2", "mlp_ratio": "x"}, "mlp_ratio"),
+                                          ({"model_type": "clip_vision_model", "image_size": "x"}, "image_size: found 'x'"),
+                                          ({"model_type": "clip_vision_model", "patch_size": 0}, "patch_size: found 0"),
+                                          ({"model_type": "clip_vision_model", "hidden_size": 12 * 10**9}, "widths of at most"),
+                                          ({"model_type": "clip_vision_model", "layer_norm_eps": float("nan")}, "layer_norm_eps: found nan"),
+                                          ({"model_type": "clip_vision_model", "patch_size": 32, "image_size": 16}, "a patch within")])
 def test_wrong_settings_are_refused(config, word):
     with pytest.raises(ValueError, match=word):
         ViTConfig.from_transformers(config)

@@ -7,9 +7,9 @@ __all__ = ['RAW', 'SKIPPED', 'SKIPPED_CLASSES', 'HEADINGS', 'BLOCKS', 'MARKS', '
            'EngineError', 'Piece', 'page_pieces', 'attributes', 'Figure', 'Page', 'is_hidden', 'tidy', 'Cleaner',
            'clean_page', 'encodings', 'decode_page', 'FetchError', 'Limits', 'Fetched', 'check_address', 'is_public',
            'connect', 'ask_once', 'with_tries', 'Fetcher', 'key_of', 'Journal', 'Item', 'Again', 'run_step',
-           'read_lines', 'Link', 'Picture', 'PageSource', 'stem_words', 'SavedPages', 'Wikipedia', 'WriterError',
-           'Writer', 'text_of', 'list_of', 'checked_form', 'sentences', 'TemplateWriter', 'json_in', 'EndpointWriter',
-           'EngineSettings', 'save_picture', 'pair_problem', 'Engine', 'show_engine', 'rewrite']
+           'read_lines', 'failures', 'Link', 'Picture', 'PageSource', 'stem_words', 'SavedPages', 'Wikipedia',
+           'WriterError', 'Writer', 'text_of', 'list_of', 'checked_form', 'sentences', 'TemplateWriter', 'json_in',
+           'EndpointWriter', 'EngineSettings', 'save_picture', 'pair_problem', 'Engine', 'show_engine', 'rewrite']
 
 # %% ../../nbs/5_data/5_engine.ipynb #35c047dd
 import base64, hashlib, html, http.client, io, ipaddress, itertools, json, os, re, socket, ssl, threading, time
@@ -494,7 +494,7 @@ class Again:
     def __iter__(self) -> Iterator[Item]: return self.make()
     def __len__(self) -> int: return sum(1 for _ in self.make())
 
-# %% ../../nbs/5_data/5_engine.ipynb #d5e0d75b
+# %% ../../nbs/5_data/5_engine.ipynb #e81d52a5
 def run_step(path: Path, items: Iterable[Item], work: Callable[[dict], dict], *, retry: bool = False,
              patience: int = 50, workers: int = 1, progress: Callable[[Iterable], Iterable] = iter) -> Counter:
     """Do what is not done yet, then write `path`: a line per item, in their order, failed ones with the reason.
@@ -513,7 +513,8 @@ def run_step(path: Path, items: Iterable[Item], work: Callable[[dict], dict], *,
             journal.add(item.key, result)
             row = row + 1 if result["status"] == "failed" else 0
             if row >= patience:
-                raise EngineError(f"{path.stem}: {row} failed in a row, the last one: {result['reason']}")
+                raise EngineError(f"{path.stem}: {row} failed in a row, the last one: {result['reason']} "
+                                  f"({journal.path} has them all; mend the cause and run again with retry)")
         return compiled(journal, order, path)
     finally: journal.close()
 
@@ -560,12 +561,25 @@ def whole_file(path: Path) -> Iterator[io.TextIOBase]:
     with open(partial_path, "w", encoding="utf-8", newline="\n") as file: yield file
     os.replace(partial_path, path)
 
-# %% ../../nbs/5_data/5_engine.ipynb #0bbaa279
+# %% ../../nbs/5_data/5_engine.ipynb #4f89bdcf
 def read_lines(path: Path) -> Iterator[dict]:
-    "The lines of a finished step that are ok."
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            if (found := json.loads(line))["status"] == "ok": yield found
+    "The lines of a finished step that are ok. EngineError that names file and line for what is no result of a step."
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            try: found = json.loads(line); status = found["status"]
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                raise EngineError(f"{path}, line {number}: found {shorten(line)}, expected a result") from error
+            if status == "ok": yield found
+
+# %% ../../nbs/5_data/5_engine.ipynb #df72744d
+def failures(path: Path, most: int = 3) -> list[str]:
+    "The first failed items of a step as 'file, line: reason', and how many more there are."
+    found = []
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for number, result in enumerate(map(json.loads, file), 1):
+            if result["status"] == "failed": found.append((number, result["reason"]))
+    more = [f"{path}: ... and {len(found) - most} more"] if len(found) > most else []
+    return [f"{path}, line {number}: {shorten(reason, 300)[1:-1]}" for number, reason in found[:most]] + more
 
 # %% ../../nbs/5_data/5_engine.ipynb #14416294
 class Link(NamedTuple):

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ImageSource', 'ROLES', 'SURROGATE', 'TEXT_ONLY', 'IMAGE_CHECKS', 'ENDINGS', 'RecordError', 'Sample', 'open_any',
-           'show_sample', 'index_array', 'index_lines', 'show_index', 'Finding', 'shorten', 'parse_record', 'role_of',
-           'check_turn', 'check_conversation', 'image_names', 'check_fields', 'image_path', 'Records', 'Problem',
-           'problem_of', 'Report', 'check_image', 'in_doubt', 'upright_size', 'turned_size', 'check_records',
-           'show_report', 'write_records']
+           'show_sample', 'index_array', 'index_lines', 'show_index', 'Finding', 'shorten', 'without_doubles',
+           'parse_record', 'role_of', 'check_turn', 'check_conversation', 'image_names', 'check_fields', 'image_path',
+           'Records', 'Problem', 'problem_of', 'Report', 'check_image', 'in_doubt', 'upright_size', 'turned_size',
+           'check_records', 'show_report', 'write_records']
 
 # %% ../../nbs/5_data/2_records.ipynb #c67fcb99
 import io, itertools, json, mmap, os, re, warnings
@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Int
 from PIL import Image
 
-from ..images import ImageError, open_image
+from ..images import ImageError, open_image, orientation
 from ..language.chat import IMAGE, Turn
 from ..plots import GREY, ORANGE, PALE, RED, ROLE_COLORS, SKY, YELLOW, canvas, styled
 
@@ -153,13 +153,13 @@ def show_index(data: bytes, spans: Int[np.ndarray, "records 3"], wanted: int) ->
     axis.set_axis_off()
     return figure
 
-# %% ../../nbs/5_data/2_records.ipynb #1c787b3c
+# %% ../../nbs/5_data/2_records.ipynb #97a0a477
 def scan_file(path: Path) -> tuple[Int[np.ndarray, "records 3"], str]:
     "Index a JSON array or JSONL file through a memory map: it is read once from front to back and never held whole."
     nothing = np.empty((0, 3), np.int64)
     if path.stat().st_size == 0: return nothing, "the file is empty"
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        if data[:2] in (b"\xff\xfe", b"\xfe\xff"): return nothing, "the file is UTF-16, expected UTF-8"
+        if data[:2] in (b"\xff\xfe", b"\xfe\xff"): return nothing, "UTF-16 instead of UTF-8"
         first = 3 if data[:3] == b"\xef\xbb\xbf" else 0           # Windows editors put a byte order mark in front
         opening = re.compile(rb"\s*+(\S)").match(data, first)
         if opening is None: return nothing, "the file holds nothing but white space"
@@ -201,11 +201,20 @@ def shorten(value: object, length: int = 60) -> str:
     text = repr(value)
     return text if len(text) <= length else text[:length - 1] + "…"
 
-# %% ../../nbs/5_data/2_records.ipynb #8260c7a2
+# %% ../../nbs/5_data/2_records.ipynb #d282d6db
+def without_doubles(pairs: list[tuple[str, object]]) -> dict:
+    "A JSON object from its pairs; ValueError for a name that comes twice (json alone keeps the last, in silence)."
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        name = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"The name {shorten(name)} twice")
+    return found
+
+
 def parse_record(raw: bytes) -> tuple[dict | None, list[Finding]]:
     "The JSON object in these bytes, or None and why not."
     try:
-        record = json.loads(raw.decode("utf-8"))
+        record = json.loads(raw.decode("utf-8"), object_pairs_hook=without_doubles)
     except UnicodeDecodeError as error:
         return None, [Finding("encoding", f"byte 0x{raw[error.start]:02x} at position {error.start}", "UTF-8")]
     except (ValueError, RecursionError) as error:
@@ -308,7 +317,9 @@ class Records:
                  follow_links: bool = False,                     # may links in the image folder lead outside it?
                  cache: bool | None = None):                     # keep the index beside the file? None: if over 32 MB
         self.path = Path(path)
-        if not self.path.is_file(): raise RecordError(f"{self.path}: no such file, expected records as JSON or JSONL")
+        if not self.path.is_file():
+            found = "no file" if self.path.exists() else "no such file"
+            raise RecordError(f"{self.path}: {found}, expected records as JSON or JSONL")
         self.image_folder = Path(image_folder) if image_folder is not None else self.path.parent
         self.follow_links = follow_links
         self.spans, self.problem = cached_scan(self.path, cache)
@@ -437,20 +448,25 @@ def in_doubt(path: Path) -> bool:
             return ENDINGS[image.format] not in file.read()
     except Exception: return True                                # decoders raise anything; `open_image` will name it
 
-# %% ../../nbs/5_data/2_records.ipynb #c9dc6fd4
+# %% ../../nbs/5_data/2_records.ipynb #b4d3a1cf
 def upright_size(source: ImageSource) -> tuple[int, int]:
     "(width, height) as `open_any` would give it, read from the header: no pixel is decoded. Raises ImageError."
     if isinstance(source, np.ndarray): return source.shape[1], source.shape[0]
     if isinstance(source, Image.Image): return turned_size(source)
-    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    name = f"<{len(source)} bytes>" if isinstance(source, bytes) else str(source)
     try:
-        with Image.open(file) as image: return turned_size(image)
-    except (OSError, ValueError, SyntaxError) as error: raise ImageError(f"{shorten(source)}: {error}") from error
+        if not isinstance(source, bytes) and not Path(source).is_file(): raise ImageError(f"{name}: no such file")
+        file = io.BytesIO(source) if isinstance(source, bytes) else source
+        with warnings.catch_warnings(), Image.open(file) as image:
+            warnings.simplefilter("ignore")                      # of too many pixels: who opens the picture refuses it
+            return turned_size(image)
+    except ImageError: raise
+    except Exception as error: raise ImageError(f"{name}: cannot be read ({error})") from error   # as in `in_doubt`
 
-# %% ../../nbs/5_data/2_records.ipynb #6ced06a4
+# %% ../../nbs/5_data/2_records.ipynb #ea9d799c
 def turned_size(image: Image.Image) -> tuple[int, int]:
     "Width and height once the EXIF orientation is applied; 5 to 8 swap the sides."
-    return image.size[::-1] if image.getexif().get(0x0112, 1) >= 5 else image.size
+    return image.size[::-1] if orientation(image) >= 5 else image.size
 
 # %% ../../nbs/5_data/2_records.ipynb #ca5b17aa
 def check_records(records: Records, images: str = "open", limit: int | None = None,
@@ -483,7 +499,8 @@ def repeated_id(record: dict, i: int, first_use: dict[str, int]) -> list[Finding
 # %% ../../nbs/5_data/2_records.ipynb #93219ef8
 def image_findings(record: dict, records: Records, depth: str, state: dict[Path, str | None]) -> list[Finding]:
     "What is wrong with the record's image files; `state` remembers what each file was found to be."
-    findings, expected = [], f"a readable image in {records.image_folder}"
+    folder, findings = records.image_folder, []
+    expected = f"a readable image in {folder}" + ("" if folder.is_dir() else ", which is no folder")
     for name, path in zip(image_names(record) or (), records.image_paths(record)):
         if isinstance(path, Finding): continue                    # already found
         if path not in state: state[path] = check_image(path, depth)

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['TOWERS', 'CLIP_336', 'CLIP_224', 'VICUNA_7B', 'VICUNA_13B', 'MISTRAL_7B', 'MPT_7B', 'LLAVA_1_5_7B', 'LLAVA_1_5_13B',
            'BAKLLAVA_1', 'LLAVA_LIGHTNING_MPT_7B', 'PUBLISHED', 'CLASS_DEFAULTS', 'ARMS', 'CLAIMS', 'clip_large',
-           'sort_names', 'grown_vocabulary', 'tower_settings', 'tower_folder', 'load_tower', 'load_tower_weights',
+           'sort_names', 'grown_vocabulary', 'tower_settings', 'tower_folder', 'load_tower', 'tower_of',
            'tower_config_of', 'assemble', 'manifest_shapes', 'cover', 'read_base', 'read_parts', 'published_name',
            'check_transformers', 'complete', 'from_transformers', 'cut_vocabulary', 'load_transformers_folder',
-           'load_llava', 'load_own', 'convert_pickle', 'convert_folder', 'refuse_export', 'vision_fields',
-           'text_fields', 'grown', 'transformers_tensors', 'chat_template', 'image_fields', 'export_tokenizer',
-           'export_transformers', 'transformers_fields', 'processor_for', 'tokenizer_folder', 'Chat', 'answer_pieces',
-           'good_records', 'chosen_stage', 'stage_config', 'stage_plan', 'batches_of', 'copy_tokenizer', 'save_trained',
-           'save_plan', 'train_on_records', 'convert_model', 'train_miniature', 'run_claims', 'mean_interval',
-           'verdicts']
+           'refuse_blind', 'load_llava', 'load_own', 'convert_pickle', 'convert_folder', 'refuse_export',
+           'vision_fields', 'text_fields', 'grown', 'transformers_tensors', 'chat_template', 'image_fields',
+           'export_tokenizer', 'export_transformers', 'transformers_fields', 'processor_for', 'tokenizer_folder',
+           'Chat', 'answer_pieces', 'good_records', 'chosen_stage', 'stage_config', 'stage_plan', 'batches_of',
+           'copy_tokenizer', 'save_trained', 'save_plan', 'train_on_records', 'convert_model', 'train_miniature',
+           'run_claims', 'mean_interval', 'verdicts']
 
 # %% ../../nbs/9_papers/1_llava.ipynb #31acc436
 import ast
@@ -35,13 +35,14 @@ from torch import Tensor
 from ..connectors.mlp import ProjectorConfig
 from ..data.batches import Batches, BatchSettings, Processor, collate
 from ..data.records import Records, Sample, check_records
+from ..device import of_kind
 from ..images import Preprocess
 from ..language.chat import IMAGE, Turn, find_template, stop_ids
 from ..language.decoder import Decoder, DecoderConfig
 from ..language.generate import Sampling
 from ..language.tokenizer import open_tokenizer
-from ..mllm import (MLLM, MLLMConfig, Weights, WeightsError, fit_weights, language_family, no_memory, read_json,
-                          read_weights, refuse_adapters, write_weights)
+from ..mllm import (MLLM, MLLMConfig, Weights, WeightsError, fit_weights, language_family, naming, no_memory,
+                          read_json, read_weights, refuse_adapters, write_weights)
 from ..evaluation.world import HeldOut, right_answers
 from ..training.lora import (LoRASettings, add_adapters, adapter_base, local_folder, lora_stage, overlay,
                                    read_adapter, read_whole, safe_file, save_adapter, trainable_names)
@@ -49,7 +50,7 @@ from ..training.loop import TrainingConfig, accumulation, plan_for, train
 from ..training.miniatures import ALIGN, TUNE, Trained, assemble_miniature, give_lessons
 from ..training.parallel import Plan, PlanError, Single, gather_trained, set_dtypes, team_of
 from ..training.recipes import RECIPES, Stage, recipe_and_stage, training_config
-from ..vision.towers import Tower, TowerConfig, find_preprocess
+from ..vision.towers import Tower, TowerConfig, build_encoder, find_preprocess
 from ..vision.vit import ViTConfig, load_transformers_state, transformers_state
 
 # %% ../../nbs/9_papers/1_llava.ipynb #32aaa93f
@@ -105,20 +106,22 @@ def sort_names(weights: Weights, newline: bool) -> tuple[dict[str, Tensor], Weig
             rest[name] = tensor
     return tower, replace(weights, tensors=rest)
 
-# %% ../../nbs/9_papers/1_llava.ipynb #4bd21b14
+# %% ../../nbs/9_papers/1_llava.ipynb #817115f0
 def grown_vocabulary(settings: Mapping[str, Any], weights: Weights) -> dict[str, Any]:
     "The settings with the word tables' own number of rows, where these have a few more than `vocab_size` says."
     rows = {name: tensor.shape[0] for name, tensor in weights.tensors.items()
             if name in ("model.embed_tokens.weight", "transformer.wte.weight", "lm_head.weight")}
     stated = settings.get("vocab_size")
-    if not rows or stated is None or len(set(rows.values())) > 1 or not 0 < max(rows.values()) - stated <= 64:
+    grown = len(set(rows.values())) == 1 and of_kind(stated, int) and 0 < stated < max(rows.values()) <= stated + 64
+    if not grown:
         return dict(settings)
     return {**settings, "vocab_size": max(rows.values())}
 
 # %% ../../nbs/9_papers/1_llava.ipynb #f539a1be
 def tower_settings(settings: Mapping[str, Any], tower: TowerConfig) -> TowerConfig:
     "The tower as this model uses it: layer, class token and the shape of its images from the published fields."
-    aspect = settings.get("image_aspect_ratio") or "square"
+    if not isinstance(aspect := settings.get("image_aspect_ratio", "square"), str):
+        raise ValueError(f"image_aspect_ratio: found {aspect!r}, expected a text")
     aspect = "anyres" if aspect.startswith("anyres") else aspect
     pinpoints = settings.get("image_grid_pinpoints") or ()
     pinpoints = ast.literal_eval(pinpoints) if isinstance(pinpoints, str) else pinpoints
@@ -145,25 +148,32 @@ def load_tower(settings: Mapping[str, Any], tensors: Mapping[str, Tensor], folde
     """The tower, with weights from the checkpoint if it holds them, else from its own folder. `geometry`: its settings,
     where they are known already. Raises WeightsError."""
     name = settings.get("mm_vision_tower") or settings.get("vision_tower")
+    if not isinstance(name, str | None):
+        raise WeightsError(f"{folder}/config.json, mm_vision_tower: found {name!r}, expected a text")
     path = None if geometry and tensors else tower_folder(settings, folder, vision_tower)
     if path is None and (not tensors or (geometry is None and name not in TOWERS)):
         raise WeightsError(f"{folder}/config.json, mm_vision_tower: found {name!r}, which is neither local nor in "
                            f"the Hugging Face cache; fetch it (hf download {name}) or name its folder: vision_tower=")
-    try:
+    with naming((path or folder) / "config.json"):
         known = TOWERS.get(name) if path is None else tower_config_of(path, name)
-        tower = Tower(geometry or tower_settings(settings, known))
-        load_tower_weights(tower, tensors or read_whole(path).tensors)
-    except ValueError as error:
-        raise WeightsError(f"{path if path and not tensors else folder}: vision tower: {error}") from None
-    return tower
+    with naming(folder / "config.json"):
+        config = geometry or tower_settings(settings, known)
+    return tower_of(config, tensors or read_whole(path).tensors, folder if tensors else path)
 
-# %% ../../nbs/9_papers/1_llava.ipynb #3a63a713
-def load_tower_weights(tower: Tower, tensors: Mapping[str, Tensor]) -> None:
-    "Published names, or our own from `Tower.save_pretrained`. Raises ValueError where they do not fit."
-    if tensors.keys() == tower.vit.state_dict().keys():
-        tower.vit.load_state_dict(dict(tensors))
-    else:
-        load_transformers_state(tower.vit, dict(tensors))
+# %% ../../nbs/9_papers/1_llava.ipynb #596454f2
+def tower_of(config: TowerConfig, tensors: Mapping[str, Tensor], folder: Path) -> Tower:
+    "A tower with these weights, under published names or our own. Raises WeightsError where they do not fit."
+    try:
+        with torch.device("meta"):   # no time for random numbers that are overwritten
+            vit = build_encoder(config.vit)
+        vit.to_empty(device="cpu")
+        if tensors.keys() == vit.state_dict().keys():
+            vit.load_state_dict(dict(tensors))
+        else:
+            load_transformers_state(vit, dict(tensors))
+    except (ValueError, RuntimeError) as error:
+        raise WeightsError(f"{folder}: vision tower: {' '.join(str(error).split())}") from None
+    return Tower(config, vit)
 
 # %% ../../nbs/9_papers/1_llava.ipynb #2b0743a2
 def tower_config_of(path: Path, name: str | None) -> TowerConfig:
@@ -308,23 +318,30 @@ def cut_vocabulary(weights: Weights, settings: Mapping[str, Any]) -> Weights:
            if name in ("model.embed_tokens.weight", "lm_head.weight")}
     return replace(weights, tensors={**weights.tensors, **cut})
 
-# %% ../../nbs/9_papers/1_llava.ipynb #d345415a
+# %% ../../nbs/9_papers/1_llava.ipynb #0c4c9c88
 def load_transformers_folder(folder: Path, settings: Mapping[str, Any], **options) -> MLLM:
     "A folder of transformers' LlavaForConditionalGeneration."
-    published, vit = from_transformers(settings, folder)
     weights = read_base(folder)
-    weights = cut_vocabulary(weights, published) if "vocab_size_before_export" in settings else weights
-    family = complete(settings["vision_config"], "clip_vision_model")["model_type"]
-    preprocess = find_preprocess(folder, family, vit.image_size)
-    tower = Tower(tower_settings(published, TowerConfig("vision_tower", vit, preprocess)))
-    try:
-        load_transformers_state(tower.vit, sort_names(weights, newline=False)[0])
-    except ValueError as error:
-        raise WeightsError(f"{folder}: vision tower: {error}") from None
+    with naming(folder / "config.json"):
+        published, vit = from_transformers(settings, folder)
+        weights = cut_vocabulary(weights, published) if "vocab_size_before_export" in settings else weights
+        family = complete(settings["vision_config"], "clip_vision_model")["model_type"]
+        preprocess = find_preprocess(folder, family, vit.image_size)
+        config = tower_settings(published, TowerConfig("vision_tower", vit, preprocess))
+    tower = tower_of(config, sort_names(weights, newline=False)[0], folder)
     options["template"] = options.get("template") or settings.get("template_before_export")
-    return assemble(published, weights, tower, **options)
+    with naming(folder / "config.json"):
+        return assemble(published, weights, tower, **options)
 
-# %% ../../nbs/9_papers/1_llava.ipynb #ee4497b2
+# %% ../../nbs/9_papers/1_llava.ipynb #44095293
+def refuse_blind(settings: Mapping[str, Any], folder: Path) -> None:
+    "WeightsError for the folder of a language model or of an encoder alone."
+    if not any(name in settings for name in ("mm_projector_type", "mm_vision_tower", "vision_tower")):
+        kind = settings.get("model_type") or "model"
+        raise WeightsError(f"{folder}/config.json: found a {kind} without a vision tower and a projector (no "
+                           "mm_vision_tower), expected a multimodal model")
+
+# %% ../../nbs/9_papers/1_llava.ipynb #32d15796
 def load_llava(folder: str | Path, *, base: str | Path | None = None, vision_tower: str | Path | None = None,
                language: str = "transformers", dtype: torch.dtype | None = None, template: str | None = None) -> MLLM:
     """A model of the LLaVA family from any of its published forms; config.json decides, never the folder's name.
@@ -340,33 +357,44 @@ def load_llava(folder: str | Path, *, base: str | Path | None = None, vision_tow
         return load_own(folder, settings, base=base, vision_tower=vision_tower, **options)
     if "text_config" in settings:
         return load_transformers_folder(folder, settings, **options)
+    refuse_blind(settings, folder)
     weights = read_parts(folder, base)
     tower = load_tower(settings, sort_names(weights, newline=False)[0], folder, vision_tower)
-    return assemble(settings, weights, tower, **options)
+    with naming(folder / "config.json"):
+        return assemble(settings, weights, tower, **options)
 
-# %% ../../nbs/9_papers/1_llava.ipynb #60e01703
+# %% ../../nbs/9_papers/1_llava.ipynb #ac3424eb
 def load_own(folder: Path, settings: Mapping[str, Any], *, base: str | Path | None, vision_tower: str | Path | None,
              language: str, dtype: torch.dtype | None, template: str | None) -> MLLM:
     "A folder that this library wrote: a whole model, or an adapter with its base (towers: the base's, or their own)."
     if not (folder / "adapter_config.json").is_file():
         return MLLM.from_pretrained(folder, language=language, dtype=dtype)
     weights = read_parts(folder, base)
-    config = MLLMConfig.from_dict(settings, language=language)
+    with naming(folder / "config.json"):
+        config = MLLMConfig.from_dict(settings, language=language)
     config = replace(config, template=template or config.template)
     towers, optional = None, ()
     if len(config.towers) == 1:
         found, weights = sort_names(weights, config.has_newline)
         towers = [load_tower(settings, found, folder, vision_tower, config.towers[0])]
         optional = ("model.vision_tower.",)
-    with no_memory():
+    with naming(folder / "config.json"), no_memory():
         model = MLLM(config, towers=towers)
     return fit_weights(model, weights, dtype, optional).eval()
 
-# %% ../../nbs/9_papers/1_llava.ipynb #444051bf
+# %% ../../nbs/9_papers/1_llava.ipynb #bcae3762
 def convert_pickle(path: str | Path) -> Path:
     "Write FILE.bin (tensors of torch.save) as safetensors beside it; pytorch_model* becomes model*. Returns the path."
     path = Path(path)
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:   # a pickle can break anywhere; PyTorch's advice to open it all the same is left out
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise WeightsError(f"{path}: cannot be read as tensors of torch.save ({reason})") from error
+    if not isinstance(state, dict):
+        raise WeightsError(f"{path}: found a {type(state).__name__}, expected tensors by name")
     foreign = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if foreign:
         raise WeightsError(f"{path}: {foreign[0]}: found a {type(state[foreign[0]]).__name__}, expected only tensors")
@@ -374,7 +402,7 @@ def convert_pickle(path: str | Path) -> Path:
     save_file({name: tensor.clone().contiguous() for name, tensor in state.items()}, target, metadata={"format": "pt"})
     return target
 
-# %% ../../nbs/9_papers/1_llava.ipynb #c985f6bd
+# %% ../../nbs/9_papers/1_llava.ipynb #4d41fbc4
 def convert_folder(folder: str | Path) -> list[Path]:
     "Convert every pickle of tensors in a model folder, and the index of its shards."
     folder = Path(folder)
@@ -382,8 +410,9 @@ def convert_folder(folder: str | Path) -> list[Path]:
     index = folder / "pytorch_model.bin.index.json"
     if index.is_file():
         content = read_json(index)
-        content["weight_map"] = {key: re.sub(r"^pytorch_model(.*)\.bin$", r"model\1.safetensors", file)
-                                 for key, file in content["weight_map"].items()}
+        with naming(index):
+            content["weight_map"] = {key: re.sub(r"^pytorch_model(.*)\.bin$", r"model\1.safetensors", file)
+                                     for key, file in content["weight_map"].items()}
         (folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return written
 

@@ -17,6 +17,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..device import check_settings, of_kind
+
 # %% ../../nbs/1_see/5_convnext.ipynb #9751b542
 class ConvNeXtBlock(nn.Module):
     "One block (Liu 2022, section 2.6); parameters have timm's names."
@@ -69,6 +71,7 @@ class ConvNeXtConfig:
     multi_stage: bool = True               # hand on all stages, joined; False: the last one
 
     def __post_init__(self):
+        check_settings(self, ("num_channels", "patch_size", "image_size"), ("layer_norm_eps", "layer_scale"))
         widths = self.hidden_sizes
         if len(self.depths) != len(widths) or not widths or min(*self.depths, *widths) < 1:
             raise ValueError(f"ConvNeXtConfig: depths {self.depths} and hidden_sizes {widths}; expected as many "
@@ -118,14 +121,17 @@ def _published(config: Mapping[str, Any]) -> dict[str, Any]:
         if name not in _SIZES:
             raise ValueError(f"open_clip_config.json, timm_model_name: found {name!r}, "
                              f"expected one of {sorted(_SIZES)}")
-        return _SIZES[name] | {"image_size": int(vision.get("image_size", 256))}
+        return _SIZES[name] | {"image_size": vision.get("image_size", 256)}
     if config.get("model_type") != "convnext":
         raise ValueError(f"config.json, model_type: found {config.get('model_type')!r}, expected 'convnext'")
     names = ("num_channels", "patch_size", "image_size")   # transformers' own class fixes eps at 1e-6 in all layers
-    known = {name: int(config[name]) for name in names if config.get(name) is not None}
-    scale = float(config.get("layer_scale_init_value", 1e-6))
-    return known | {"depths": tuple(config.get("depths") or (3, 3, 9, 3)), "layer_scale": scale if scale > 0 else None,
-                    "hidden_sizes": tuple(config.get("hidden_sizes") or (96, 192, 384, 768))}
+    known = {name: config[name] for name in names if config.get(name) is not None}
+    if not of_kind(scale := config.get("layer_scale_init_value", 1e-6), float):
+        raise ValueError(f"config.json, layer_scale_init_value: found {scale!r}, expected a number")
+    for name, usual in (("depths", (3, 3, 9, 3)), ("hidden_sizes", (96, 192, 384, 768))):
+        found = config.get(name) or usual
+        known[name] = tuple(found) if isinstance(found, list) else found
+    return known | {"layer_scale": scale if scale > 0 else None}
 
 # %% ../../nbs/1_see/5_convnext.ipynb #715811da
 class ConvNeXt(nn.Module):

@@ -7,7 +7,7 @@ __all__ = ['ACTIVATIONS', 'attention_shares', 'attend_plain', 'attend', 'quick_g
            'MLP', 'GatedMLP', 'Layer', 'ViT', 'pooled', 'attention_maps', 'resize_positions', 'load_transformers_state',
            'published_name', 'transformers_state']
 
-# %% ../../nbs/1_see/3_vit.ipynb #8d30d08a
+# %% ../../nbs/1_see/3_vit.ipynb #baff7dc2
 import re
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..device import check_settings, of_kind
 from .patches import PatchEmbedding, interpolate_positions, learned_positions
 
 # %% ../../nbs/1_see/3_vit.ipynb #73e09f20
@@ -86,11 +87,17 @@ class ViTConfig:
     interpolate_offset: float = 0.0  # see `interpolate_positions`
 
     def __post_init__(self):
+        check_settings(self, ("image_size", "patch_size", "num_channels", "hidden_size", "num_attention_heads",
+                              "intermediate_size"), ("num_hidden_layers", "layer_norm_eps"))
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"ViTConfig: hidden_size {self.hidden_size} is not a multiple of "
                              f"num_attention_heads {self.num_attention_heads}")
         if not 0 <= self.num_hidden_layers <= 10_000:
             raise ValueError(f"ViTConfig: num_hidden_layers {self.num_hidden_layers}; expected 0 to 10000")
+        if not self.patch_size <= self.image_size <= 2**14 or max(self.hidden_size, self.intermediate_size) > 2**17:
+            raise ValueError(f"ViTConfig: image_size {self.image_size}, patch_size {self.patch_size}, hidden_size "
+                             f"{self.hidden_size}, intermediate_size {self.intermediate_size}; expected a patch within "
+                             f"an image of at most {2**14} pixels, and widths of at most {2**17}")
         if self.hidden_act not in ACTIVATIONS:
             known = sorted(ACTIVATIONS)
             raise ValueError(f"ViTConfig: hidden_act {self.hidden_act!r}; expected one of {known}")
@@ -125,28 +132,34 @@ _FAMILIES = {
 
 def _square(value: Any, field: str) -> int:
     "An int from an int or from a list of two equal ints."
-    sides = set(value) if isinstance(value, (list, tuple)) else {value}
-    if len(sides) != 1:
+    sides = value if isinstance(value, (list, tuple)) else [value]
+    if not sides or any(side != sides[0] for side in sides):
         raise ValueError(f"ViTConfig: {field} {value} is not square")
-    return int(sides.pop())
+    return sides[0]
 
-# %% ../../nbs/1_see/3_vit.ipynb #bba9463b
+# %% ../../nbs/1_see/3_vit.ipynb #491c8916
 def _config_from_transformers(config: dict) -> ViTConfig:
     "Published fields over the family's defaults."
     if "vision_config" in config:  # a whole CLIP or SigLIP
+        if not isinstance(config["vision_config"], dict):
+            raise ValueError(f"vision_config: found {config['vision_config']!r}, expected an object")
         config = {"model_type": f"{config.get('model_type')}_vision_model"} | config["vision_config"]
     family = config.get("model_type")
-    if family not in _FAMILIES:
+    if not isinstance(family, str) or family not in _FAMILIES:
         raise ValueError(f"ViTConfig: model_type {family!r}; expected one of {sorted(_FAMILIES)}")
     known = {name: config[name] for name in ViTConfig.__dataclass_fields__ if config.get(name) is not None}
     known |= {name: _square(config[name], name) for name in ("image_size", "patch_size") if name in config}
     if family == "dinov2":
-        inner = int(known.get("hidden_size", 768) * config.get("mlp_ratio", 4))
-        gated = bool(config.get("use_swiglu_ffn", False))
+        width, ratio = known.get("hidden_size", 768), config.get("mlp_ratio", 4)
+        scale = config.get("layerscale_value", 1)
+        for name, value in {"hidden_size": width, "mlp_ratio": ratio, "layerscale_value": scale}.items():
+            if not of_kind(value, float):
+                raise ValueError(f"ViTConfig: {name} {value!r}; expected a number")
+        inner, gated = int(width * ratio), bool(config.get("use_swiglu_ffn", False))
         # a gated MLP has three matrices instead of two: two thirds of the width cost the same
         inner = (int(inner * 2 / 3) + 7) // 8 * 8 if gated else inner
         known |= {"gated": gated, "intermediate_size": inner}
-        known["layer_scale"] = float(config.get("layerscale_value", 1))
+        known["layer_scale"] = float(scale)
     return ViTConfig(**(_FAMILIES[family] | known))
 
 # %% ../../nbs/1_see/3_vit.ipynb #d2a4eddd
