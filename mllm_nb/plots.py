@@ -333,7 +333,7 @@ def show_map(places: Mapping[str, tuple[float, float, str]], ways: Sequence[tupl
     axis.set_axis_off()
     return figure
 
-# %% ../nbs/appendix/plots.ipynb #0d9450fc
+# %% ../nbs/appendix/plots.ipynb #b4c6fc60
 @styled
 def show_lines(x: Sequence[float], lines: Mapping[str, Sequence[float]], xlabel: str = "", ylabel: str = "",
                title: str = "", bands: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
@@ -349,9 +349,20 @@ def show_lines(x: Sequence[float], lines: Mapping[str, Sequence[float]], xlabel:
         axis.axvline(mark, color=GREY, linestyle="--", linewidth=1)
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title,
              xscale="log" if logx else "linear", yscale="log" if logy else "linear")
+    for ruler in [axis.xaxis] * logx + [axis.yaxis] * logy:
+        plain_ticks(ruler)
     axis.grid(True)
     axis.legend()
     return figure
+
+# %% ../nbs/appendix/plots.ipynb #37133390
+def plain_ticks(ruler: Any) -> None:
+    "Ticks of a logarithmic axis at 1, 2 and 5 of each decade (at 1 alone where there are many), as plain numbers."
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    low, high = ruler.get_view_interval()
+    ruler.set_major_locator(LogLocator(subs=(1, 2, 5) if 0 < low and high / low < 3000 else (1,)))
+    ruler.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}" if 1 <= x < 1e7 else f"{x:g}"))
+    ruler.set_minor_formatter(NullFormatter())
 
 # %% ../nbs/appendix/plots.ipynb #3e93a26c
 def read_metrics(source: str | Path | Sequence[Mapping]) -> list[Mapping]:
