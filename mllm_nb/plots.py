@@ -260,7 +260,7 @@ def show_strip(tokens: Sequence[str], roles: Sequence[str], title: str = "", per
         axis.add_patch(Rectangle((x + 0.03, y + 0.06), width - 0.06, 0.88, facecolor=colors[role], alpha=0.55,
                                  edgecolor=GREY))
         axis.text(x + width / 2, y + 0.5, token, ha="center", va="center",
-                  fontsize=min(10, 850 * width / per_row / max(4, len(token))))
+                  fontsize=min(10, 740 * width / per_row / max(4, len(token))))
     axis.set(xlim=(0, per_row), ylim=(rows, 0), title=title)
     axis.set_axis_off()
     figure.legend(handles=[Rectangle((0, 0), 1, 1, facecolor=color, alpha=0.55, edgecolor=GREY, label=name)
