@@ -634,9 +634,17 @@ const mllmWidgets = (() => {
 
   /* ---- the two ways in ---- */
 
+  /* A notebook has shortcuts of one letter (d d deletes a cell), and arrows move through its cells. What is typed inside a
+     widget stays there; combined keys such as Shift+Enter, Tab and Escape still reach the notebook. */
+  function keep(event) {
+    const combined = event.ctrlKey || event.metaKey || event.altKey || (event.shiftKey && event.key === "Enter");
+    if (!combined && event.key !== "Tab" && event.key !== "Escape") event.stopPropagation();
+  }
+
   function mount(host, payload, report) {
     const shadow = host.shadowRoot || host.attachShadow({mode: "open"});  // the page's styles stay out, the fallback picture is hidden
     const root = element("div", {class: "widget", role: "group", "aria-label": payload.title});
+    root.addEventListener("keydown", keep);
     shadow.replaceChildren(element("style", {}, STYLE), root);
     root.append(element("p", {class: "title"}, payload.title));
     return draw[payload.kind](root, payload, report) || (() => {});

@@ -264,6 +264,18 @@ def test_flip_book_page(opened):
 
 
 @pytest.mark.xdist_group("browser")
+def test_keys_stay_inside_a_widget_unless_combined(opened):
+    from mllm_nb.plots import show_matrix
+    page = opened(flip_book(lambda size: show_matrix(np.eye(size)), "Eye", size=[1, 2, 3]))
+    page.evaluate("window.heard = []; document.addEventListener('keydown', event => window.heard.push(event.key))")
+    page.locator("input[type=range]").focus()
+    for key in ("d", "ArrowRight", "Delete", "Shift+Enter", "Control+s", "Escape"):
+        page.keyboard.press(key)
+    assert page.evaluate("window.heard") == ["Enter", "Control", "s", "Escape"]
+    assert page.locator("input[type=range]").input_value() == "1"
+
+
+@pytest.mark.xdist_group("browser")
 def test_window_viewer_page(opened):
     page = opened(viewer())
     queries, status = page.locator("[data-part=queries]"), page.locator("[role=status]")
