@@ -9,7 +9,7 @@ __all__ = ['EXTRAS', 'NEEDED', 'COMMANDS', 'REASONS', 'Command', 'parity_argumen
            'doctor_arguments', 'run_doctor', 'tour_arguments', 'run_tour', 'part_arguments', 'run_part',
            'claims_arguments', 'run_claims', 'chat_arguments', 'run_chat', 'train_arguments', 'plan_arguments',
            'run_plan', 'run_train', 'form_arguments', 'run_form', 'tokenize_arguments', 'run_tokenize', 'build_parser',
-           'reason_of', 'reader_left', 'main']
+           'reason_of', 'main']
 
 # %% ../nbs/appendix/command.ipynb #97f79f12
 import argparse
@@ -39,6 +39,13 @@ def number(text: str) -> float:
         value = -1.0
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"found {text!r}, expected a number of at least 0")
+    return value
+
+
+def share(text: str) -> float:
+    "The type of options that are a part of a whole."
+    if not 0 < (value := number(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected more than 0 and at most 1")
     return value
 
 # %% ../nbs/appendix/command.ipynb #87a231f1
@@ -153,13 +160,15 @@ def engine_arguments(parser: argparse.ArgumentParser) -> None:
         action.add_argument("--workers", type=positive, default=1, help="questions asked at a time (default: 1)")
         action.add_argument("--retry", action="store_true", help="try again what failed before")
 
-# %% ../nbs/appendix/command.ipynb #99a3fdcd
+# %% ../nbs/appendix/command.ipynb #b59c8c07
 def engine_source(arguments: argparse.Namespace):
     "Wikipedia with its limits, or a folder."
     from mllm_nb.data.engine import Fetcher, Limits, SavedPages, Wikipedia
     from mllm_nb.samples import samples_path
     if not arguments.wikipedia:
         return SavedPages(arguments.pages or samples_path("pages"))
+    if not re.search(r"\w@\w|https?://\w", arguments.wikipedia):
+        raise ValueError(f"--wikipedia: found {arguments.wikipedia!r}, expected your mail address or home page")
     agent = f"mllm_nb/{installed('mllm_nb') or 0} ({arguments.wikipedia})"
     limits = Limits(between=arguments.between, private_hosts=tuple(arguments.allow_host))
     return Wikipedia(Fetcher(Path(arguments.out) / "store", agent, limits), arguments.api)
@@ -172,6 +181,8 @@ def engine_settings(arguments: argparse.Namespace):
     changes = {to: getattr(arguments, name) for name, to in names.items() if getattr(arguments, name) is not None}
     if arguments.fields:
         changes["fields"] = tuple(filter(None, map(str.strip, arguments.fields.split(","))))
+        if not changes["fields"]:
+            raise ValueError(f"--fields: found {arguments.fields!r}, expected at least one field")
     return EngineSettings(**changes)
 
 # %% ../nbs/appendix/command.ipynb #da8810c8
@@ -294,7 +305,7 @@ def run_tour(arguments: argparse.Namespace) -> int:
     run_tour(arguments.out, arguments.systems or None, arguments.seed, arguments.questions)
     return 0
 
-
+# %% ../nbs/appendix/command.ipynb #893a6e63
 def part_arguments(parser: argparse.ArgumentParser) -> None:
     "Options of `mllm part`."
     parser.add_argument("name", choices=("language", "contrastive", "masked", "convnext", "vqgan", "lvm"),
@@ -321,9 +332,10 @@ def claims_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_claims(arguments: argparse.Namespace) -> int:
     "Re-run a system's claims in miniature."
-    from mllm_nb.papers import cambrian, llava, lvm
-    system = {"llava": llava, "cambrian": cambrian, "lvm": lvm}[arguments.system]
-    system.run_claims(arguments.out, range(arguments.seeds))
+    from mllm_nb.papers import cambrian, cambrian_data, llava, lvm
+    systems = {"llava": (llava,), "cambrian": (cambrian, cambrian_data), "lvm": (lvm,)}
+    for system in systems[arguments.system]:
+        system.run_claims(arguments.out, range(arguments.seeds))
     return 0
 
 # %% ../nbs/appendix/command.ipynb #b6438e11
@@ -399,11 +411,11 @@ def plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=positive, help="samples of a global batch, instead of the recipe's")
     parser.add_argument("--per-device", type=positive, help="most samples at once on a device, instead of the recipe's")
     parser.add_argument("--length", type=positive, help="tokens of a row, instead of the recipe's")
-    parser.add_argument("--mean-tokens", type=number, help="of a sample, image included (default: image + 250)")
+    parser.add_argument("--mean-tokens", type=positive, help="of a sample, image included (default: image + 250)")
     parser.add_argument("--sharding", choices=("none", "ddp", "fsdp", "tp"), help="only plans of this kind")
     parser.add_argument("--recompute", action="store_true", help="only plans that compute activations twice")
     parser.add_argument("--offload", action="store_true", help="only plans that keep weights in the host's memory")
-    parser.add_argument("--utilization", type=number, default=0.4, help="share of the peak speed (default: 0.4)")
+    parser.add_argument("--utilization", type=share, default=0.4, help="share of the peak speed (default: 0.4)")
     parser.add_argument("--price", type=number, help="dollars an hour and device, instead of the table's")
     parser.add_argument("--out", metavar="FILE", help="write the plan as JSON, for mllm train --plan")
     parser.add_argument("--script", choices=("slurm", "tpu"), help="print a ready script instead")
@@ -507,15 +519,17 @@ def build_parser() -> argparse.ArgumentParser:
 # %% ../nbs/appendix/command.ipynb #9ea4a9b4
 REASONS = ("CheckpointError", "LostProcess", "LossError")   # besides wrong values, files and packages: a line will do
 
-# %% ../nbs/appendix/command.ipynb #0e5c6c90
+# %% ../nbs/appendix/command.ipynb #6cb75191
 def reason_of(error: Exception) -> str:
     "What the user is told of an error; of a bug also that it is one."
     said = str(error) or type(error).__name__
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror[:1].lower()}{error.strerror[1:]}"
     if isinstance(error, (ValueError, OSError, ImportError)) or type(error).__name__ in REASONS:
         return said
     return f"{type(error).__name__}: {' '.join(said.split())} (nobody foresaw this; mllm --debug ... shows where)"
 
-
+# %% ../nbs/appendix/command.ipynb #55bf327c
 def reader_left() -> bool:
     "Has whoever read our output gone? Then the rest of it goes nowhere, without complaints at the program's end."
     try:
@@ -525,7 +539,7 @@ def reader_left() -> bool:
         return True
     return False
 
-
+# %% ../nbs/appendix/command.ipynb #267de17b
 def main(arguments: Sequence[str] | None = None) -> int:
     "Run `mllm`; returns the exit status."
     found = build_parser().parse_args(arguments)

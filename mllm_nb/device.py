@@ -5,18 +5,20 @@
 # %% auto #0
 __all__ = ['FORMATS', 'WORTHWHILE', 'DTYPES', 'PACKAGES', 'show_formats', 'best_time', 'cpu_multiplies_bf16', 'bf16_gain',
            'DeviceFacts', 'DevicePlan', 'decide', 'best_device', 'look_at', 'device_plan', 'version_of',
-           'memory_in_gib', 'device_name', 'describe_device', 'of_kind', 'in_words', 'check_settings']
+           'memory_in_gib', 'device_name', 'describe_device', 'of_kind', 'in_words', 'check_settings', 'naming']
 
-# %% ../nbs/appendix/device.ipynb #6282fc19
+# %% ../nbs/appendix/device.ipynb #d6870694
 import math
 import os
 import platform
 import time
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from importlib import metadata, util
 from numbers import Integral, Real
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
@@ -215,7 +217,10 @@ def of_kind(value: Any, kind: Any) -> bool:
     if kind in (int, float):
         numbers = Integral if kind is int else Real
         return isinstance(value, numbers) and not isinstance(value, bool) and abs(value) < math.inf
-    return kind is Any or isinstance(value, origin or kind)
+    if kind is Any or isinstance(value, origin or kind):
+        return True
+    # a notebook that builds a settings class defines it anew: the same name from there counts
+    return type(value).__module__ == "__main__" and type(value).__name__ == getattr(kind, "__name__", "")
 
 # %% ../nbs/appendix/device.ipynb #4478ee80
 _WORDS = {int: "whole number", float: "number", str: "text", bool: "true or false", NoneType: "nothing"}
@@ -246,3 +251,17 @@ def check_settings(settings: Any, positive: Sequence[str] = (), natural: Sequenc
             raise ValueError(f"{name}: found {found}, expected more than 0")
         if item.name in natural and any(one < 0 for one in numbers):
             raise ValueError(f"{name}: found {found}, expected at least 0")
+
+# %% ../nbs/appendix/device.ipynb #b6acca8d
+@contextmanager
+def naming(file: str | Path, kind: type[ValueError] = ValueError):
+    "Whatever is wrong inside with what a file says becomes one error of this kind, in a line that names the file."
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, kind) and kind is not ValueError or getattr(error, "filename", None):
+            raise   # it names its file by itself
+        reason = f"found no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        reason = reason.removeprefix("config.json, ").removeprefix("config.json: ")[:600] or type(error).__name__
+        named = str(file) in reason or f"{Path(file).parent}{os.sep}" in reason
+        raise kind(reason if named else f"{file}: cannot be used: {reason}") from error

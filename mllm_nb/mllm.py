@@ -6,9 +6,10 @@
 __all__ = ['FAMILY_OF', 'MOST_SCORES', 'splice', 'language_family', 'MLLMConfig', 'next_labels', 'static_loss', 'supervised_loss',
            'build_language', 'segment_positions', 'Output', 'in_dtype_of', 'Parts', 'MLLM', 'WeightsError', 'Weights',
            'naming', 'weight_files', 'read_json', 'read_weights', 'no_memory', 'published_names', 'shared_names',
-           'misfits', 'fit_weights', 'write_weights', 'whole', 'refuse_adapters', 'save_pretrained', 'from_pretrained']
+           'misfits', 'read_again', 'fit_weights', 'write_weights', 'whole', 'refuse_adapters', 'save_pretrained',
+           'from_pretrained']
 
-# %% ../nbs/3_connect/5_mllm.ipynb #7a1a4309
+# %% ../nbs/3_connect/5_mllm.ipynb #2aea2bf7
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .connectors.mlp import ProjectorConfig
 from .connectors.sva import Sight, SVAConfig, looking
+from . import device
 from .device import check_settings, in_words, of_kind
 from .language.chat import IGNORE, find_template
 from .language.decoder import Decoder, DecoderConfig, TransformersDecoder, attention_mask
@@ -37,8 +39,10 @@ from .vision.vit import ViT, published_name
 
 # %% ../nbs/3_connect/5_mllm.ipynb #6d41ea05
 def splice(words: Float[Tensor, "batch sequence width"], table: Float[Tensor, "rows width"],
-           image_index: Int[Tensor, "batch sequence"]) -> Float[Tensor, "batch sequence width"]:
-    "Words where `image_index` is -1, the table's last row where it is -2, else the table's row of that number."
+           image_index: Int[Tensor, "batch sequence"], in_place: bool = False) -> Float[Tensor, "batch sequence width"]:
+    """Words where `image_index` is -1, the table's last row where it is -2, else the table's row of that number.
+
+    `in_place`: `words` may be written over, which on a processor saves two copies of what may be hundreds of MB."""
     rows = torch.where(image_index == NEWLINE, len(table) - 1, image_index).clamp(min=0)
     # elsewhere the check would wait for the device, and a compiler cannot follow it
     checked = rows.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -48,6 +52,11 @@ def splice(words: Float[Tensor, "batch sequence width"], table: Float[Tensor, "r
     if checked and rows.numel() and rows.max() >= len(table):
         raise IndexError(f"image_index: found row {rows.max().item()}, expected less than {len(table) - 1} "
                          "(the visual tokens of the views given)")
+    leaf = words.is_leaf and words.requires_grad   # its gradient would be asked for
+    if in_place and checked and type(words) is Tensor and words.is_contiguous() and not leaf:
+        places = (image_index != TEXT).flatten().nonzero()[:, 0]
+        words.view(-1, words.shape[-1]).index_copy_(0, places, table.index_select(0, rows.flatten()[places]))
+        return words
     return torch.where((image_index == TEXT)[..., None], words, F.embedding(rows, table))
 
 # %% ../nbs/3_connect/5_mllm.ipynb #80098fd2
@@ -370,7 +379,7 @@ class MLLM(Parts):
             yield words
             return
         seen = self.look(pixels, image_sizes)
-        embeddings = splice(words, self.visual_table(seen).to(words.dtype), image_index)
+        embeddings = splice(words, self.visual_table(seen).to(words.dtype), image_index, in_place=True)
         samplers = (self.language, self.vision_sampler_layers, self.config.connector, seen, image_index)
         with looking(*samplers) if self.looks_again else nullcontext():
             yield embeddings
@@ -403,7 +412,7 @@ class MLLM(Parts):
         with self.reading(input_ids, pixels, image_index, image_sizes) as embeddings:
             return generate(self.language, embeddings=embeddings, mask=mask, **settings)
 
-# %% ../nbs/3_connect/5_mllm.ipynb #dd7eb04d
+# %% ../nbs/3_connect/5_mllm.ipynb #e6543268
 class WeightsError(ValueError):
     "Weights that cannot be read or do not fit; the message names file, keys, what was found and what is expected."
 
@@ -416,18 +425,9 @@ class Weights:
     folder: str = ""
 
 
-@contextmanager
 def naming(file: str | Path):
     "Whatever is wrong inside with what a file says becomes one WeightsError that names the file."
-    try:
-        yield
-    except (WeightsError, OSError):   # these name their files by themselves
-        raise
-    except Exception as error:   # settings of the wrong kind fail anywhere: here, in PyTorch, in transformers
-        reason = f"found no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
-        reason = reason.removeprefix("config.json, ").removeprefix("config.json: ")[:600]
-        named = str(file) in reason or f"{Path(file).parent}{os.sep}" in reason
-        raise WeightsError(reason if named else f"{file}: cannot be used: {reason}") from error
+    return device.naming(file, WeightsError)
 
 # %% ../nbs/3_connect/5_mllm.ipynb #8e679571
 def weight_files(folder: str | Path) -> list[Path]:
@@ -461,7 +461,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
         raise WeightsError(f"{path}: found a JSON {type(value).__name__}, expected an object")
     return value
 
-# %% ../nbs/3_connect/5_mllm.ipynb #57634e7c
+# %% ../nbs/3_connect/5_mllm.ipynb #4b081dd5
 def read_weights(*paths: str | Path) -> Weights:
     "All tensors of these safetensors files. Raises WeightsError for a missing or damaged file or a repeated key."
     tensors: dict[str, Tensor] = {}
@@ -473,6 +473,7 @@ def read_weights(*paths: str | Path) -> Weights:
                     if name in tensors:
                         raise WeightsError(f"{path}: {name} stands in {files[name]} too")
                     tensors[name], files[name] = file.get_tensor(name), path.name
+                    tensors[name].source = path, name   # where it can be read once more
         except (SafetensorError, OSError) as error:
             raise WeightsError(f"{path}: cannot be read as safetensors ({error})") from None
     return Weights(tensors, files, str(Path(paths[0]).parent) if paths else "")
@@ -536,7 +537,19 @@ def misfits(model: MLLM, weights: Weights, optional: Sequence[str] = ()) -> list
         lines.append(f"{weights.files[key]}: left over: {key} {list(weights.tensors[key].shape)}")
     return sorted(lines)
 
-# %% ../nbs/3_connect/5_mllm.ipynb #eff0802b
+# %% ../nbs/3_connect/5_mllm.ipynb #a852a88f
+def read_again(tensor: Tensor) -> Tensor:
+    """The same tensor through a mapping of its own, which ends with it (one that came from no file: itself).
+
+    Whoever copies all weights into another dtype would otherwise hold every page of the files as well.
+    """
+    if not hasattr(tensor, "source"):
+        return tensor
+    path, name = tensor.source
+    with safe_open(path, "pt") as file:
+        return file.get_tensor(name)
+
+# %% ../nbs/3_connect/5_mllm.ipynb #c77be6e6
 def fit_weights(model: MLLM, weights: Weights, dtype: torch.dtype | None = None, optional: Sequence[str] = ()) -> MLLM:
     "Put weights with published names in the place of `model`'s. Raises WeightsError that lists all misfits."
     if lines := misfits(model, weights, optional):
@@ -550,7 +563,7 @@ def fit_weights(model: MLLM, weights: Weights, dtype: torch.dtype | None = None,
         if key not in weights.tensors or name in done:
             continue
         tensor = weights.tensors[key]
-        tensor = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+        tensor = read_again(tensor).to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
         twins = shared.get(name, [name])
         old = owners[name][2]
         value = nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor

@@ -118,7 +118,7 @@ def test_errors_are_one_line_and_debug_raises(monkeypatch, capsys):
 
 @pytest.mark.parametrize("error, said", [
     (KeyError("x"), "KeyError: 'x' (nobody foresaw this"), (MemoryError(), "MemoryError"), (RuntimeError("a\nb"), "RuntimeError: a b"),
-    (KeyboardInterrupt(), "stopped"), (FileNotFoundError(2, "no such file", "f"), "'f'")])
+    (KeyboardInterrupt(), "stopped"), (FileNotFoundError(2, "No such file", "f"), "f: no such file")])
 def test_no_error_shows_a_traceback(error, said, monkeypatch, capsys):
     def fail(arguments): raise error
     monkeypatch.setattr(command, "COMMANDS", (command.Command("broken", "fails", lambda parser: None, fail),))
@@ -141,6 +141,8 @@ def test_odd_names_are_printed_and_a_reader_may_leave(tmp_path):
     ("tokenize a.png --world 3 --out {0}", "name one source"), ("convert {0}/nowhere", "no such file or folder"),
     ("merge {0}/nowhere --out {0}/out", "nowhere: no such folder"), ("parity {0}/nowhere", "mllm parity: {0}/nowhere/index.json: "),
     ("data check {0}/nowhere", "mllm data check: {0}/nowhere: no such file"), ("plan llava-v1.5-7b --price nan", "expected a number of at least 0"),
+    ("plan llava-v1.5-7b --utilization 0", "more than 0 and at most 1"), ("engine run --out {0}/e --wikipedia x", "mail address"),
+    ("engine run --out {0}/e --fields ,", "expected at least one field"),
     ("chat --model m --image i --temperature -1", "expected a number of at least 0")])
 def test_foolish_arguments_get_one_line(line, said, tmp_path, capsys):
     try:

@@ -91,6 +91,21 @@ def test_splice_equals_joining_pieces():
     assert torch.equal(found[1], torch.cat([words[1, :2], images[2:4], newline[None], words[1, 5:]]))
 
 
+@pytest.mark.parametrize("leaf", (False, True))
+def test_splice_in_place_gives_the_same_numbers_and_gradients(leaf):
+    torch.manual_seed(0)
+    index = torch.randint(-2, 6, (3, 11))
+    found = []
+    for in_place in (False, True):
+        torch.manual_seed(1)
+        weight, table = torch.randn(3, 11, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
+        joined = splice(weight if leaf else weight * 2, table, index, in_place)
+        joined.square().sum().backward()
+        found.append((joined.detach(), weight.grad, table.grad))
+    for plain, fast in zip(*found):
+        torch.testing.assert_close(fast, plain)
+
+
 def test_splice_names_a_row_that_does_not_exist():
     with pytest.raises(IndexError, match="found row 3, expected less than 2"):
         splice(torch.zeros(1, 2, 4), torch.zeros(3, 4), torch.tensor([[-1, 3]]))

@@ -329,7 +329,7 @@ def test_pickle_that_would_run_code_is_refused(tmp_path):
         def __reduce__(self):
             return (Path.touch, (tmp_path / "it-ran",))
     torch.save({"model.mm_projector.weight": Trap()}, tmp_path / "mm_projector.bin")
-    with pytest.raises(Exception, match="weights_only|Weights only"):
+    with pytest.raises(Exception, match="more than tensors"):
         convert_folder(tmp_path)
     assert not (tmp_path / "it-ran").exists()
 

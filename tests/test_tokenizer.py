@@ -300,3 +300,13 @@ def test_broken_models_and_a_missing_package(tmp_path, monkeypatch):
 def test_a_model_that_rewrites_its_text():
     with pytest.raises(ValueError, match="rewrites its text"):
         piece_spans("ﬁ", ["▁f", "i", "x"], prefix=1)
+
+
+@pytest.mark.parametrize("name, content", [("tokenizer.json", "{"), ("tokenizer.json", "[]"), ("tokenizer.json", '{"model": 3}'), ("tokenizer.model", "x"),
+                                           ("tokenizer_config.json", "[]"), ("tokenizer.json", "[" * 100_000)])
+def test_files_that_are_no_tokenizers_are_named(name, content, tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=f"{name}: ") as caught:
+        open_tokenizer(tmp_path)
+    assert len(str(caught.value).splitlines()) == 1

@@ -602,7 +602,7 @@ class PageSource(Protocol):
     def page(self, address: str) -> Fetched: ...
     def picture(self, address: str, page: str) -> Picture: ...
 
-# %% ../../nbs/5_data/5_engine.ipynb #a10756ab
+# %% ../../nbs/5_data/5_engine.ipynb #19c17e82
 def stem_words(text: str) -> set[str]:
     "Words of a text in small letters, without a plural's ending."
     return {re.sub(r"(?<=\w{3})e?s$", "", word) for word in re.findall(r"\w{2,}", text.casefold())}
@@ -614,7 +614,8 @@ class SavedPages:
         listed = self.folder / "pages.json"
         try: self.pages = json.loads(listed.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError): raise EngineError(f"{listed}: no such file") from None
-        except ValueError as error: raise EngineError(f"{listed}: {error}, expected a list of pages") from error
+        except (ValueError, RecursionError) as error:
+            raise EngineError(f"{listed}: {error}, expected a list of pages") from error
         for i, page in enumerate(self.pages if isinstance(self.pages, list) else [self.pages]):
             if not isinstance(page, dict) or not isinstance(page.get("file"), str):
                 raise EngineError(f"{listed}, page {i}: found {shorten(page)}, expected an object with a file")

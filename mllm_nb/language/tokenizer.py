@@ -433,7 +433,7 @@ class SentencePieceTokenizer(SentencePieceVocabulary):
         "Open a published folder: `tokenizer.model`, `tokenizer_config.json`, `added_tokens.json` if any."
         return cls(Path(folder) / "tokenizer.model", **read_sentencepiece_settings(folder))
 
-# %% ../../nbs/2_read/1_tokenizer.ipynb #3227724d
+# %% ../../nbs/2_read/1_tokenizer.ipynb #2d9af53a
 def read_json(file: Path) -> dict:
     "The object in a JSON file; {} if there is no such file."
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
@@ -449,17 +449,22 @@ def read_sentencepiece_settings(folder: str | Path) -> dict:
     return {"legacy": config.get("legacy", True) is not False, "add_bos": config.get("add_bos_token", True),
             "extra_special_tokens": added, "rstrip": rstrip}
 
-
+# %% ../../nbs/2_read/1_tokenizer.ipynb #0b0ea438
 def open_tokenizer(folder: str | Path):
     """The tokenizer of a checkpoint folder: `tokenizer.model` as LLaVA reads it, else `tokenizer.json`.
 
     Tokenizers that this book did not write are opened by `transformers.AutoTokenizer`, offline."""
     folder = Path(folder)
+    from mllm_nb.device import naming   # PyTorch is loaded only here
     if (folder / "tokenizer.model").is_file():
-        return SentencePieceTokenizer.load(folder)
+        with naming(folder / "tokenizer.model"):
+            return SentencePieceTokenizer.load(folder)
     if not (folder / "tokenizer.json").is_file():
         raise FileNotFoundError(f"{folder}: expected tokenizer.model or tokenizer.json")
-    if read_json(folder / "tokenizer_config.json").get("written_by") == "mllm_nb":
-        return BPETokenizer.load(folder)
-    from transformers import AutoTokenizer
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    with naming(folder / "tokenizer_config.json"):
+        ours = read_json(folder / "tokenizer_config.json").get("written_by") == "mllm_nb"
+    with naming(folder / "tokenizer.json"):
+        if ours:
+            return BPETokenizer.load(folder)
+        from transformers import AutoTokenizer
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)

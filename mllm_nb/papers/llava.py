@@ -392,6 +392,7 @@ def convert_pickle(path: str | Path) -> Path:
         raise
     except Exception as error:   # a pickle can break anywhere; PyTorch's advice to open it all the same is left out
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        reason = "more than tensors, or no pickle" if type(error).__name__ == "UnpicklingError" else reason
         raise WeightsError(f"{path}: cannot be read as tensors of torch.save ({reason})") from error
     if not isinstance(state, dict):
         raise WeightsError(f"{path}: found a {type(state).__name__}, expected tensors by name")
@@ -761,7 +762,7 @@ def save_plan(plan: Plan, folder: Path, writes: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         plan.save(folder / "plan.json")
 
-# %% ../../nbs/9_papers/1_llava.ipynb #9c847d26
+# %% ../../nbs/9_papers/1_llava.ipynb #4bfcf303
 def train_on_records(arguments: Any) -> int:
     "The work of `mllm train`; with a plan, the work of one of its processes."
     stage, adapters = chosen_stage(arguments)
@@ -774,14 +775,17 @@ def train_on_records(arguments: Any) -> int:
     config = plan.config(stage_config(arguments, stage)) if plan else stage_config(arguments, stage)
     # what learns is kept in fp32; weights that stay may be as short as what they are computed in
     dtype = plan_for(config).dtype if adapters else torch.float32
+    by_unit = plan is not None and plan.sharding == "fsdp"   # cast and cut layer by layer: no process holds it all
+    dtype = None if by_unit else dtype
     model = load_llava(arguments.model, base=arguments.base, vision_tower=arguments.vision_tower, dtype=dtype)
     processor = processor_for(model, open_tokenizer(arguments.base or arguments.model), too_long="truncate",
                               images_first=True)
     if adapters:
         torch.manual_seed(config.seed)
         add_adapters(model, adapters)
-    if plan:
+    if plan and not by_unit:
         set_dtypes(model, config.groups, plan.precision)
+    if plan:
         save_plan(plan, Path(arguments.out), team.leads)
     train(model, batches_of(records, skip, processor, config, stage, team), config, arguments.out,
           plan=plan and plan.device_plan(), team=team)
@@ -822,14 +826,14 @@ ARMS = {   # what each arm changes; the first is the system as it is
 CLAIMS = {"two stages beat one": "one stage", "an MLP beats a linear connector": "linear connector",
           "a better language model makes a better model": "weaker language model"}
 
-# %% ../../nbs/9_papers/1_llava.ipynb #cab07f10
+# %% ../../nbs/9_papers/1_llava.ipynb #4991963a
 def run_claims(folder: str | Path, seeds: Sequence[int] = (0, 1, 2), questions: int = 500, arms: Mapping = ARMS,
                trainer: Callable[..., Trained] = train_miniature, **changes) -> dict[str, list[float]]:
     """Accuracy of every arm for every seed. `claims.json` is written after each run; finished runs are not repeated.
     `arms`: what each changes in `trainer`; those of LLaVA are trained for two thirds of the tour's steps."""
     file = Path(folder) / "claims.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    results = json.loads(file.read_text()) if file.exists() else {}
+    results = read_json(file) if file.exists() else {}
     for seed in seeds:
         for name, arm in arms.items():
             found = results.setdefault(name, {})
