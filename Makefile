@@ -65,5 +65,5 @@ $(FLOOR): settings.ini tests/floor.txt setup.py pyproject.toml
 $(TPU): settings.ini setup.py pyproject.toml
 	@echo 'Setting up .venv-tpu: PyTorch/XLA needs exactly PyTorch 2.9 ...'
 	@$(PYTHON) -m venv .venv-tpu
-	@.venv-tpu/bin/python -m pip install -qq -e '.[tpu]' pytest hypothesis
+	@.venv-tpu/bin/python -m pip install -qq -e '.[tpu]' pytest pytest-xdist hypothesis
 	@touch $(TPU)

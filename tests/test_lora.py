@@ -18,7 +18,7 @@ from mllm_nb.language.chat import stop_ids
 from mllm_nb.language.decoder import TransformersDecoder
 from mllm_nb.mllm import MLLM, WeightsError
 from mllm_nb.papers import cambrian
-from mllm_nb.papers.llava import load_llava
+from mllm_nb.papers.llava import export_transformers, load_llava
 from mllm_nb.training import lora
 from mllm_nb.training.lora import (
     LoRALinear, LoRASettings, adapted_layers, adapter_tensors, add_adapters, find_targets, full_weight, linear_names,
@@ -237,6 +237,22 @@ def noisy(model: MLLM, seed: int = 5) -> MLLM:
         if "lora_B" in name:
             value.copy_(0.05 * torch.randn(value.shape, generator=random))
     return model
+
+
+@pytest.mark.parametrize("changes", [{}, {"quantization": "nf4"}, {"targets": ("q_proj",)}])
+def test_a_model_with_adapters_is_not_written_as_a_whole_one(changes, model_and_batches, tmp_path):
+    "Its names would mean nothing to a reader; the message says what to do, and doing it works."
+    model, _, batches = model_and_batches
+    noisy(add_adapters(model, replace(SMALL, **changes)))
+    found = len(adapted_layers(model.language))
+    for write in (lambda: model.save_pretrained(tmp_path / "out"), lambda: export_transformers(model, tmp_path / "out")):
+        with pytest.raises(WeightsError, match=rf"found {found * (2 if 'quantization' in changes else 1)} layers with adapters.*merge_adapters.*save_adapter"):
+            write()
+    assert not (tmp_path / "out").exists()
+    batch = next(iter(batches))
+    expected = states(model, batch)
+    merge_adapters(model).save_pretrained(tmp_path / "out")
+    assert relative(states(MLLM.from_pretrained(tmp_path / "out"), batch), expected) < 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -203,6 +203,17 @@ def test_plans_are_saved_and_read(tmp_path):
             Plan.load(tmp_path / "plan.json")
 
 
+@pytest.mark.parametrize("optimizer, sharding", [("muon", "fsdp"), ("adamw_8bit", "fsdp"), ("muon", "tp")])
+def test_optimizers_that_need_whole_matrices_refuse_shards(optimizer, sharding):
+    with pytest.raises(RuntimeError, match=f"optimizer is '{optimizer}', expected 'adamw': .* lie in parts on several"):
+        in_processes(lambda: curve(two(sharding), optimizer=optimizer), 2)
+
+
+def test_muon_works_on_whole_copies():
+    expected = curve(Plan(4, 4), optimizer="muon")
+    same(in_processes(lambda: curve(two("ddp"), optimizer="muon"), 2)[0], expected, 2e-3)   # Muon computes in bf16
+
+
 def test_another_number_of_processes_than_planned_is_refused():
     with pytest.raises(RuntimeError, match="Plan.world_size is 4, this run has 2 processes: start it with torchrun"):
         in_processes(team_of, 2, Plan(4, 1, 1, 4, "ddp"))

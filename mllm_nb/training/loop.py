@@ -222,25 +222,25 @@ def _set_modes(module: nn.Module) -> None:
     for child in module.children():
         _set_modes(child)
 
-# %% ../../nbs/6_train/1_loop.ipynb #6e34d0e9
+# %% ../../nbs/6_train/1_loop.ipynb #bb874339
 @contextmanager
 def prepared(model: nn.Module, groups: Sequence[ParameterGroup] = ()):
     "Freeze and unfreeze by group and set training modes; afterwards the model is as it was (weights apart)."
-    named = list(model.named_parameters())
-    flags = [parameter.requires_grad for _, parameter in named]
+    # names alone are kept: a team puts shards in the place of parameters, and the whole ones must be free to go
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     modes = [(module, module.training) for module in model.modules()]
     try:
-        _check_patterns([name for name, _ in named], groups)
-        for name, parameter in named:
+        _check_patterns(list(flags), groups)
+        for name, parameter in model.named_parameters():
             if (frozen := group_of(name, groups).frozen) is not None:
                 parameter.requires_grad_(not frozen)
-        if not any(parameter.requires_grad for _, parameter in named):
+        if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError("nothing to train: every parameter is frozen")
         _set_modes(model)
         yield model
     finally:
-        now = dict(model.named_parameters())   # a team may have put shards in their place
-        for (name, _), flag in zip(named, flags):
+        now = dict(model.named_parameters())
+        for name, flag in flags.items():
             parameter = now[name].requires_grad_(flag)
             parameter.grad = None
         for module, mode in modes:
@@ -405,7 +405,7 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Ada
     cut = [name for name, parameter in model.named_parameters() if hasattr(parameter, "device_mesh")]
     if cut and config.optimizer != "adamw":
         raise ValueError(f"TrainingConfig.optimizer is {config.optimizer!r}, expected 'adamw': {cut[0]} and "
-                         f"{len(cut) - 1} more lie in parts on several devices (fsdp, tp), and only AdamW works on parts")
+                         f"{len(cut) - 1} more lie in parts on several devices (fsdp, tp); only AdamW works on parts")
     if config.optimizer == "adamw":
         return build_adamw(groups, config)
     if config.optimizer == "adamw_8bit":
