@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CLIP_MEAN', 'CLIP_STD', 'ImageError', 'open_image', 'pad_to_square', 'resize_shortest', 'center_crop', 'Preprocess',
-           'normalize', 'best_resolution', 'anyres_grid', 'resize_and_pad', 'cut_tiles', 'unpad_box', 'views',
-           'preprocess']
+           'normalized_bytes', 'normalize', 'best_resolution', 'anyres_grid', 'resize_and_pad', 'cut_tiles',
+           'unpad_box', 'views', 'preprocess']
 
 # %% ../nbs/1_see/1_images.ipynb #9e4f53a7
 import io
@@ -243,6 +243,7 @@ def center_crop(image: Image.Image, side: int) -> Image.Image:
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 _ASPECTS = ("pad", "square", "stretch", "anyres")
+_MOST_PIXELS = 2**28  # of an intermediate picture: 800 MB. Without a limit the originals run out of memory
 
 # %% ../nbs/1_see/1_images.ipynb #e969ced5
 @dataclass(frozen=True)
@@ -334,11 +335,18 @@ def _published_settings(config: dict) -> dict:
                 rescale=config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 1.0)
 
 # %% ../nbs/1_see/1_images.ipynb #03493263
+def normalized_bytes(settings: Preprocess) -> Float[np.ndarray, "256 channels"]:
+    "What becomes of each value of a byte: (pixel / 255 - mean) / std, step by step as CLIPImageProcessor rounds."
+    values = (np.arange(256, dtype=np.uint8)[:, None] * settings.rescale).astype(np.float32)
+    return (values - np.float32(settings.mean)) / np.float32(settings.std)
+
 def normalize(image: Image.Image, settings: Preprocess) -> Float[Tensor, "channels height width"]:
-    "Bytes to numbers of about unit size: (pixel / 255 - mean) / std, step by step as CLIPImageProcessor rounds."
-    values = (np.asarray(image) * settings.rescale).astype(np.float32)
-    values = (values - np.float32(settings.mean)) / np.float32(settings.std)
-    return torch.from_numpy(np.ascontiguousarray(rearrange(values, "height width rgb -> rgb height width")))
+    "Bytes to numbers of about unit size, looked up in `normalized_bytes`."
+    planes = rearrange(np.asarray(image), "height width rgb -> rgb height width")
+    values = np.empty(planes.shape, np.float32)
+    for plane, table, out in zip(planes, normalized_bytes(settings).T.copy(), values):
+        table.take(plane, out=out, mode="clip")    # mode: no byte is beyond the table, so nothing is checked twice
+    return torch.from_numpy(values)
 
 # %% ../nbs/1_see/1_images.ipynb #367b96e1
 def best_resolution(size: tuple[int, int], pinpoints: list[tuple[int, int]]) -> tuple[int, int]:
@@ -348,13 +356,13 @@ def best_resolution(size: tuple[int, int], pinpoints: list[tuple[int, int]]) -> 
     the smallest one instead of an error.
     """
     width, height = size
-
-    def merit(canvas: tuple[int, int]) -> tuple[int, int]:
-        scale = min(canvas[0] / width, canvas[1] / height)
+    best, most = None, (-1, 0)
+    for wide, high in pinpoints:
+        scale = min(wide / width, high / height)
         kept = min(int(width * scale) * int(height * scale), width * height)
-        return kept, kept - canvas[0] * canvas[1]
-
-    return tuple(max(pinpoints, key=merit))
+        if kept >= most[0] and (kept, kept - wide * high) > most:
+            best, most = (wide, high), (kept, kept - wide * high)
+    return best
 
 # %% ../nbs/1_see/1_images.ipynb #b0dc2592
 def anyres_grid(size: tuple[int, int], pinpoints: list[tuple[int, int]], tile: int) -> tuple[int, int]:
@@ -394,8 +402,6 @@ def unpad_box(size: tuple[int, int], rows: int, columns: int) -> tuple[int, int,
     return 0, rows, padding, columns - padding
 
 # %% ../nbs/1_see/1_images.ipynb #b2402f83
-_MOST_PIXELS = 2**28  # of an intermediate picture: 800 MB. Without a limit the originals run out of memory
-
 def _shrunk(image: Image.Image, size: int) -> Image.Image:
     "An image whose enclosing square would be too large, made smaller; every other image as it is."
     longest = max(image.size)

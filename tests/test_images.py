@@ -12,7 +12,8 @@ import pytest
 import torch
 from conftest import ROOT
 from mllm_nb.images import (CLIP_MEAN, CLIP_STD, ImageError, Preprocess, anyres_grid, best_resolution, center_crop, cut_tiles,
-                            open_image, pad_to_square, preprocess, resize_and_pad, resize_shortest, unpad_box, views)
+                            normalize, open_image, pad_to_square, preprocess, resize_and_pad, resize_shortest,
+                            unpad_box, views)
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -336,3 +337,12 @@ def test_urls_only_where_asked(monkeypatch):
 def test_views_are_what_preprocess_stacks():
     settings = Preprocess(size=16, aspect="anyres", pinpoints=((32, 16),))
     assert [view.size for view in views(noise(40, 20), settings)] == [(16, 16)] * 3
+
+
+def test_every_byte_is_normalised_as_clip_does_step_by_step():
+    "The table of 256 values a channel gives bit for bit what the arithmetic on the picture gives."
+    pixels = np.arange(256 * 3, dtype=np.uint16).reshape(16, 16, 3).astype(np.uint8)
+    settings = Preprocess(mean=(0.4, 0.5, 0.1), std=(0.2, 0.3, 0.25))
+    values = (pixels * settings.rescale).astype(np.float32)
+    expected = ((values - np.float32(settings.mean)) / np.float32(settings.std)).transpose(2, 0, 1)
+    assert np.array_equal(normalize(Image.fromarray(pixels), settings).numpy(), expected)

@@ -11,10 +11,11 @@ __all__ = ['IMAGE', 'IMAGE_TOKEN_ID', 'IGNORE', 'ROLES', 'TEMPLATES', 'AFTER_IMA
            'place_images_first']
 
 # %% ../../nbs/2_read/2_chat.ipynb #1fb4b6a0
-from bisect import bisect_right
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import NamedTuple
 
 IMAGE = "<image>"  # marks in a text where an image stands
 IMAGE_TOKEN_ID = -200  # the id of that mark: no embedding row, the model puts visual tokens in its place
@@ -280,8 +281,7 @@ def arrange(turns: Sequence[Turn], template: Template) -> tuple[str, list[Turn],
     return system, [] if template.drop_leading_answer else unasked, left
 
 # %% ../../nbs/2_read/2_chat.ipynb #40d476f8
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     "A stretch of the written conversation; `answer` = it is what the model has to learn to say."
     text: str
     answer: bool = False
@@ -322,7 +322,9 @@ def token_ids(tokenizer, text: str) -> list[int]:
 
 def opening_ids(tokenizer) -> list[int]:
     "What the tokenizer puts before every text: its beginning-of-sequence token, or nothing."
-    added = list(tokenizer("")["input_ids"])[:1]
+    backend = getattr(tokenizer, "backend_tokenizer", None)   # Hugging Face's own call takes twenty times as long
+    direct = hasattr(backend, "padding") and backend.padding is None and backend.truncation is None
+    added = (backend.encode("").ids if direct else list(tokenizer("")["input_ids"]))[:1]
     return added if added == [tokenizer.bos_token_id] else []
 
 # %% ../../nbs/2_read/2_chat.ipynb #19d12b0f
@@ -331,14 +333,17 @@ def encode_pieces(pieces: Sequence[Piece], tokenizer) -> list[tuple[int, bool]]:
 
     The text is tokenized once, whole; a token belongs to the piece in which its first character lies.
     A slow Hugging Face tokenizer knows no characters: there each piece is tokenized on its own."""
+    text = "".join(piece.text for piece in pieces)
+    if not any(piece.answer for piece in pieces):
+        return [(token, False) for token in token_ids(tokenizer, text)]
     if not getattr(tokenizer, "is_fast", True):
         return [(token, piece.answer) for piece in pieces for token in token_ids(tokenizer, piece.text)]
-    text = "".join(piece.text for piece in pieces)
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ends = list(accumulate(len(piece.text) for piece in pieces))
-    owners = [bisect_right(ends, begin) for begin, _ in encoding["offset_mapping"]]
-    answer = [piece.answer for piece in [*pieces, pieces[-1]]]  # once more, for a token of nothing at the end
-    return [(token, answer[owner]) for token, owner in zip(encoding["input_ids"], owners)]
+    spans, answer = encoding["offset_mapping"], []
+    for piece, end in zip(pieces, accumulate(len(piece.text) for piece in pieces)):
+        answer += [piece.answer] * (bisect_left(spans, (end,)) - len(answer))  # up to the first token behind it
+    answer += [pieces[-1].answer] * (len(spans) - len(answer))  # a token of nothing at the end
+    return list(zip(encoding["input_ids"], answer))
 
 # %% ../../nbs/2_read/2_chat.ipynb #7b756f8b
 @dataclass(frozen=True)
@@ -361,8 +366,8 @@ def split_at_images(pieces: Sequence[Piece]) -> list[list[Piece]]:
     chunks = [[]]
     for piece in pieces:
         first, *rest = piece.text.split(IMAGE)
-        chunks[-1].append(replace(piece, text=first))
-        chunks += [[replace(piece, text=text)] for text in rest]
+        chunks[-1].append(Piece(first, piece.answer))
+        chunks += [[Piece(text, piece.answer)] for text in rest]
     return chunks
 
 
@@ -373,9 +378,13 @@ def join_chunks(chunks: Sequence[Sequence[Piece]], tokenizer, after_image: str =
     for chunk in chunks[1:]:
         after = (opening if after_image else []) + encode_pieces(chunk, tokenizer)
         tokens += [(IMAGE_TOKEN_ID, False), *after[after_image == "drop_first":]]
-    labels = [token if learned else IGNORE for token, learned in tokens]
-    roles = ["image" if token == IMAGE_TOKEN_ID else ("prompt", "answer")[learned] for token, learned in tokens]
-    return Encoded([token for token, _ in tokens], labels, roles)
+    ids, labels, roles = [token for token, _ in tokens], [IGNORE] * len(tokens), ["prompt"] * len(tokens)
+    for place, (token, learned) in enumerate(tokens):
+        if learned:
+            labels[place], roles[place] = token, "answer"
+        elif token == IMAGE_TOKEN_ID:
+            roles[place] = "image"
+    return Encoded(ids, labels, roles)
 
 # %% ../../nbs/2_read/2_chat.ipynb #79d55693
 def encode_chat(turns: Sequence[Turn], template: str | Template, tokenizer, *,
