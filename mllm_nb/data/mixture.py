@@ -28,6 +28,7 @@ from mllm_nb.data.records import (
     ImageSource, RecordError, Records, Sample, check_image, image_names, open_any, problem_of, record_of, role_of,
     write_records)
 from .world import CATEGORIES
+from ..device import check_settings
 from ..images import ImageError, open_image
 from ..language.chat import Turn
 from ..plots import BLACK, BLUE, ORANGE, PALE, SERIES, SKY, canvas, styled
@@ -85,13 +86,17 @@ class Mixture:
         if missing: raise MixtureError(f"{self.name}: {len(missing)} missing:\n  " + "\n  ".join(missing))
         return [Records(self.path(s.file), s.images and self.path(s.images)) for s in self.sources]
 
-# %% ../../nbs/5_data/4_mixture.ipynb #3ffe0fa9
+# %% ../../nbs/5_data/4_mixture.ipynb #7250b06f
 def mixture_problems(mixture: Mixture) -> Iterator[str]:
     "Everything that is wrong with the settings."
-    names = Counter(source.name for source in mixture.sources)
+    names = Counter(str(source.name) for source in mixture.sources)
     yield from (f"source {name!r} comes {count} times" for name, count in names.items() if count > 1)
     if not mixture.sources: yield "no sources, expected at least one"
     for s in mixture.sources:
+        texts = {"name": s.name, "file": s.file, "images": s.images}
+        if s.images is None: del texts["images"]
+        yield from (f"source {s.name!r}, {what}: found {value!r}, expected a line of text"
+                    for what, value in texts.items() if not isinstance(value, str) or not value.isprintable())
         if s.category not in CATEGORIES:
             yield f"source {s.name!r}, category: found {s.category!r}, expected one of {', '.join(CATEGORIES)}"
         if s.prompt not in (None, *PROMPTING):
@@ -103,30 +108,33 @@ def mixture_problems(mixture: Mixture) -> Iterator[str]:
     if mixture.prompt not in PROMPTING: yield f"prompt: found {mixture.prompt!r}, expected one of {PROMPTING}"
     yield from ratio_problems(mixture.ratios)
 
-# %% ../../nbs/5_data/4_mixture.ipynb #41395bef
+# %% ../../nbs/5_data/4_mixture.ipynb #c7e6f58d
 def ratio_problems(ratios: Mapping[str, float] | None) -> Iterator[str]:
     "What is wrong with the weights of the categories."
     if ratios is None: return
+    if not isinstance(ratios, Mapping):
+        yield f"ratios: found {ratios!r}, expected a weight for each category"; return
     if unknown := set(ratios) - set(CATEGORIES):
         yield f"ratios: found {', '.join(sorted(map(repr, unknown)))}, expected some of {', '.join(CATEGORIES)}"
     numbers = [isinstance(w, (int, float)) and 0 <= w < float("inf") for w in ratios.values()]
     if not all(numbers) or not any(ratios.values()):
         yield f"ratios: found {dict(ratios)}, expected weights from 0 up, at least one above 0"
 
-# %% ../../nbs/5_data/4_mixture.ipynb #3292a585
+# %% ../../nbs/5_data/4_mixture.ipynb #6b477f94
 def read_mixture(path: str | Path) -> Mixture:
     "A mixture file (JSON); `ratios` may say \"cambrian\". Raises MixtureError that names the field."
     path = Path(path)
     try: settings = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError: raise MixtureError(f"{path}: no such file, expected a mixture as JSON") from None
-    except ValueError as error: raise MixtureError(f"{path}: {error}, expected a mixture as JSON") from error
+    except (ValueError, RecursionError) as error:
+        raise MixtureError(f"{path}: {error}, expected a mixture as JSON") from error
     if not isinstance(settings, dict) or not isinstance(settings.get("sources"), list):
         raise MixtureError(f"{path}, sources: expected an object with a list of sources")
     if settings.get("ratios") == "cambrian": settings["ratios"] = CAMBRIAN_RATIOS
     sources = tuple(build(Source, one, f"{path}, source {i}") for i, one in enumerate(settings["sources"]))
     return build(Mixture, settings | {"sources": sources, "folder": str(path.parent), "name": path.name}, str(path))
 
-# %% ../../nbs/5_data/4_mixture.ipynb #46a4f3bc
+# %% ../../nbs/5_data/4_mixture.ipynb #bf8c8244
 def build(kind: type, settings: Any, where: str) -> Any:
     "A dataclass from JSON: unknown and missing fields are named."
     known = [one.name for one in fields(kind)]
@@ -136,7 +144,10 @@ def build(kind: type, settings: Any, where: str) -> Any:
         raise MixtureError(f"{where}: unknown {', '.join(sorted(unknown))}, expected some of {', '.join(known)}")
     if missing := [name for name in needed if name not in settings]:
         raise MixtureError(f"{where}: no {', '.join(missing)}")
-    return kind(**settings)
+    made = kind(**settings)
+    try: check_settings(made)
+    except ValueError as error: raise MixtureError(f"{where}: {error}") from None
+    return made
 
 # %% ../../nbs/5_data/4_mixture.ipynb #6a14fad2
 def shared_out(total: int, weights: Mapping[str, Fraction | int]) -> dict[str, int]:
@@ -509,7 +520,7 @@ def make_plan(mixture: Mixture, surveys: Sequence[Surveyed] | None = None) -> Pl
                                for s, c in zip(mixture.sources, chosen)])
     return Plan(mixture, surveys, chosen, tuple(files), order[np.argsort(shuffled, kind="stable")])
 
-# %% ../../nbs/5_data/4_mixture.ipynb #b97857d1
+# %% ../../nbs/5_data/4_mixture.ipynb #220f949f
 def report_rows(plan: Plan) -> list[dict[str, Any]]:
     """One row per source: what there was, what was thrown out and why, what the cap left, what is taken.
 
@@ -533,7 +544,7 @@ def category_shares(plan: Plan) -> dict[str, dict[str, float]]:
         whole = sum(row[key] for row in rows) or 1
         shares[name] = {c: sum(row[key] for row in rows if row["category"] == c) / whole for c in CATEGORIES}
     weights = plan.mixture.ratios or shares["capped"]
-    return shares | {"wanted": {c: weights.get(c, 0) / sum(weights.values()) for c in CATEGORIES}}
+    return shares | {"wanted": {c: weights.get(c, 0) / (sum(weights.values()) or 1) for c in CATEGORIES}}
 
 # %% ../../nbs/5_data/4_mixture.ipynb #a9b05124
 def report_notes(plan: Plan) -> list[str]:
@@ -563,7 +574,7 @@ def report_table(plan: Plan) -> str:
     table = [line(heads), "|" + "|".join("-" * (width + 2) for width in widths) + "|", *map(line, lines)]
     return "\n".join(table + [f"\nnote: {note}" for note in report_notes(plan)])
 
-# %% ../../nbs/5_data/4_mixture.ipynb #91873938
+# %% ../../nbs/5_data/4_mixture.ipynb #9953972c
 @styled
 def show_sources(plan: Plan) -> "Figure":
     "Every source as a bar: all its records, what is left of them after search and cap, what is taken."
@@ -574,7 +585,8 @@ def show_sources(plan: Plan) -> "Figure":
         for key, color, label in (("records", PALE, "in the file"), ("capped", SKY, "good, under the cap"),
                                   ("taken", BLUE, "taken")):
             axis.barh(place, row[key], color=color, height=0.75, label=label if place == 0 else None)
-        axis.text(row["records"], place, f" {row['taken']:,} of {row['records']:,}", va="center", fontsize=9)
+        axis.text(row["records"], place, f" {row['taken']:,} of {row['records']:,}", va="center", fontsize=9,
+                  bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1})
     if plan.mixture.threshold: axis.axvline(plan.mixture.threshold, color=ORANGE, linestyle="--", label="t")
     axis.set(yticks=range(len(rows)), yticklabels=[f"{row['source']} ({row['category']})" for row in rows],
              xlim=(0, 1.2 * max(row["records"] for row in rows)), ylim=(len(rows) - 0.4, -0.6), xlabel="records")
@@ -635,12 +647,15 @@ def write_report(plan: Plan, folder: str | Path) -> Path:
     (folder / "report.md").write_text(text, encoding="utf-8")
     return folder / "report.md"
 
-# %% ../../nbs/5_data/4_mixture.ipynb #5e3969e6
+# %% ../../nbs/5_data/4_mixture.ipynb #6822b121
 def read_surveys(path: str | Path) -> list[Surveyed]:
     "The surveys of a report.json, so that another mixture of the same files needs no new one."
-    try: found = json.loads(Path(path).read_text(encoding="utf-8"))["surveys"]
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))["surveys"]
+        if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+            raise ValueError(f"surveys: found {repr(found)[:60]}, expected a list of objects")
     except FileNotFoundError: raise MixtureError(f"{path}: no such file, expected a report.json") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise MixtureError(f"{path}: {error!r}, expected a report.json") from error
     return [build(Surveyed, {name: as_tuple(value) for name, value in one.items()}, str(path)) for one in found]
 
