@@ -455,6 +455,16 @@ def test_other_settings_other_data_and_other_frozen_weights_are_refused(tmp_path
         train(Words(), Stream(), config, tmp_path)
 
 
+def test_other_groups_are_told_apart_in_words(tmp_path):
+    config = replace(QUIET, groups=(ParameterGroup("embed.*", frozen=True), ParameterGroup("head.*", learning_rate=1e-3)))
+    train(Words(), make_batches(), config, tmp_path)
+    with pytest.raises(CheckpointError, match=r"other settings: groups.embed.\*: checkpoint 'frozen', now '\(not there\)'; "
+                                              r"groups.head.\*: checkpoint 'as the model has it, learning_rate 0.001', now 'frozen'"):
+        train(Words(), make_batches(), replace(config, groups=(ParameterGroup("head.*", frozen=True),)), tmp_path)
+    with pytest.raises(CheckpointError, match="other settings: groups"):   # the order alone
+        train(Words(), make_batches(), replace(config, groups=config.groups[::-1]), tmp_path)
+
+
 def test_a_torn_checkpoint_is_passed_over_and_the_curve_stays_the_same(tmp_path, capsys):
     config = replace(QUIET, save_every=4)
     whole = train(Words(), make_batches(), config, tmp_path)

@@ -8,9 +8,9 @@ __all__ = ['SCHEDULES', 'ALONE', 'NORM_OR_BIAS', 'NORMS', 'Schedule', 'learning_
            'ParameterGroup', 'prepared', 'undecayed', 'TrainingConfig', 'check_config', 'accumulation', 'run_schedule',
            'parameter_groups', 'build_adamw', 'set_learning_rate', 'MuonAndAdamW', 'build_optimizer', 'DataOrder',
            'record_names', 'place', 'LossError', 'check_facts', 'Run', 'train_step', 'settle', 'update', 'log_row',
-           'plan_for', 'precision_name', 'count_steps', 'start_run', 'save_run', 'restore_run', 'restore_dice',
-           'read_metrics', 'MetricsLog', 'Interrupted', 'stop_signals', 'progress_bar', 'show_progress', 'History',
-           'train']
+           'plan_for', 'precision_name', 'count_steps', 'start_run', 'save_run', 'in_words', 'restore_run',
+           'restore_dice', 'read_metrics', 'MetricsLog', 'Interrupted', 'stop_signals', 'progress_bar', 'show_progress',
+           'History', 'train']
 
 # %% ../../nbs/6_train/1_loop.ipynb #8b26f35a
 import json
@@ -651,12 +651,24 @@ def save_run(run: Run, folder: Path, row: Mapping[str, Any], log: "MetricsLog") 
     run.saver.save(folder, run.step, tensors, state, run.config.keep, score)
     return run.step
 
-# %% ../../nbs/6_train/1_loop.ipynb #8092edbc
+# %% ../../nbs/6_train/1_loop.ipynb #94871c51
+def in_words(config: Mapping[str, Any]) -> dict[str, Any]:
+    "A run's settings with its groups as {pattern: what becomes of it}, so that a difference can be read."
+    words = {}
+    for group in config.get("groups", ()):
+        rates = [f"{name} {group[name]:g}" for name in ("learning_rate", "multiplier", "weight_decay")
+                 if group[name] not in (None, 1.0)]
+        state = {True: "frozen", False: "learns", None: "as the model has it"}[group["frozen"]]
+        words[group["pattern"]] = ", ".join([state, *rates])
+    return {**config, "groups": words}
+
+# %% ../../nbs/6_train/1_loop.ipynb #18608267
 def restore_run(run: Run, checkpoint: checkpoints.Checkpoint) -> None:
     "Put a started run back to where a checkpoint was written; refuses one that was made with other settings."
     state, where = checkpoint.state, str(checkpoint.path)
     now = json.loads(json.dumps(asdict(run.config)))
-    if lines := checkpoints.differences(state["config"], now, FREE_FIELDS):
+    then, told = state["config"], checkpoints.differences
+    if lines := told(in_words(then), in_words(now), FREE_FIELDS) or told(then, now, FREE_FIELDS):
         raise checkpoints.CheckpointError(f"{where} was written with other settings: " + "; ".join(lines))
     checkpoints.check_frozen(run.frozen, state["frozen"], where)
     run.team.restore(run, checkpoint)

@@ -320,7 +320,7 @@ def even_batches(batches: Sequence) -> Sequence:
     anywhere[-1] = any(anywhere)
     return [blank_view(batch) if needed and not own else batch for batch, own, needed in zip(batches, seen, anywhere)]
 
-# %% ../../nbs/6_train/4_parallel.ipynb #dff202c2
+# %% ../../nbs/6_train/4_parallel.ipynb #64b2694b
 def repeated_parts(model: nn.Module) -> list[nn.Module]:
     "Layers that a model stacks up, inner ones first: what is sharded and recomputed one by one."
     found = []
@@ -329,7 +329,7 @@ def repeated_parts(model: nn.Module) -> list[nn.Module]:
             found += [layer for layer in part if next(layer.parameters(), None) is not None]
     return found[::-1]
 
-
+# %% ../../nbs/6_train/4_parallel.ipynb #7277ff8a
 @torch.no_grad()
 def cast_unit(part: nn.Module, precision: str) -> None:
     "What learns in fp32, what is frozen in the plan's precision; shards, integers and float64 stay as they are."
@@ -817,10 +817,10 @@ def state_bytes(sizes: Sizes, plan: Plan) -> tuple[int, int, int]:
         return int((stacked + rest) * share), int(4 * trained * share), int(8 * trained * share)
     return int(stacked + rest), 4 * trained, 8 * trained
 
-# %% ../../nbs/6_train/4_parallel.ipynb #b4a55134
+# %% ../../nbs/6_train/4_parallel.ipynb #5d99fdb4
 def show_memory(memories: Mapping[str, Memory], limit: float | None = None) -> "Figure":
     "Stacked bars of bytes by kind, and a line where the device's memory ends (GB)."
-    from mllm_nb.plots import RED, SERIES, canvas
+    from mllm_nb.plots import BLACK, SERIES, canvas
     figure, axes = canvas(7.5, 0.8 + 0.45 * len(memories))
     axis = axes[0, 0]
     for row, memory in enumerate(memories.values()):
@@ -830,7 +830,7 @@ def show_memory(memories: Mapping[str, Memory], limit: float | None = None) -> "
             axis.barh(row, size, left=left, height=0.6, color=SERIES[number], label=None if row else kind)
             left += size
     if limit:
-        axis.axvline(limit, color=RED, linewidth=2)
+        axis.axvline(limit, color=BLACK, linestyle="--", linewidth=1.5, label="limit")
     axis.set(yticks=range(len(memories)), yticklabels=memories, ylim=(len(memories) - 0.4, -0.6), xlabel="GB a device")
     figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=len(KINDS), fontsize=8)
     return figure
