@@ -352,6 +352,15 @@ def test_a_state_that_does_not_fit_is_listed():
         assert part in str(caught.value)
 
 
+def test_a_decoder_made_without_memory_takes_the_weights_as_its_own():
+    ours = Decoder(SMALL)
+    with torch.device("meta"):
+        empty = Decoder(SMALL)
+    load_transformers_state(empty, ours.state_dict())
+    ids = torch.arange(5)[None]
+    assert torch.equal(empty(empty.embed(ids)), ours(ours.embed(ids)))
+
+
 def test_a_mask_of_another_size():
     decoder = Decoder(SMALL)
     with pytest.raises(ValueError, match=r"mask: found \(1, 4, 4\), expected \(batch, 5, 5\)"):

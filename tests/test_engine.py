@@ -23,8 +23,8 @@ from PIL import Image
 from mllm_nb.data import engine as module
 from mllm_nb.data.engine import (
     STEPS, EndpointWriter, Engine, EngineError, EngineSettings, FetchError, Fetcher, Item, Journal, Limits, SavedPages,
-    TemplateWriter, Wikipedia, WriterError, alone, check_address, checked_form, clean_page, decode_page, file_title,
-    is_public, json_in, page_pieces, pair_problem, rewrite, run_step)
+    TemplateWriter, Wikipedia, WriterError, alone, check_address, checked_form, clean_page, decode_page, failures, file_title,
+    is_public, json_in, page_pieces, pair_problem, read_lines, rewrite, run_step)
 from mllm_nb.data.records import Records, check_records
 from mllm_nb.samples import samples_path
 
@@ -399,6 +399,31 @@ def test_stopping_keeps_what_was_under_way(tmp_path):
     journal.close()
     work_on = lambda facts: {"made": facts["n"]}  # noqa: E731
     assert run_step(tmp_path / "s.jsonl", [Item(str(i), {"n": i}) for i in range(50)], work_on) == {"ok": 50}
+
+
+def test_stopping_waits_for_nobody_long(tmp_path, monkeypatch):
+    monkeypatch.setattr("mllm_nb.data.engine.LAST_WORDS", .3)
+    never = threading.Event()
+    def work(facts):
+        if facts["n"] == 2: raise KeyboardInterrupt
+        if facts["n"] == 1: never.wait()                         # an endpoint that does not answer
+        return {"made": facts["n"]}
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_step(tmp_path / "s.jsonl", [Item(str(i), {"n": i}) for i in range(50)], work, workers=2)
+    assert time.monotonic() - start < 5
+    never.set()
+    found = Journal(tmp_path / "journal" / "s.jsonl")
+    assert set(found.spans) == {"0"}
+    found.close()
+
+
+def test_a_finished_file_that_was_edited_is_named_with_its_line(tmp_path):
+    (tmp_path / "pages.jsonl").write_text('{"status": "ok"}\n{"status"\n')
+    with pytest.raises(EngineError, match="pages.jsonl, line 2"): list(read_lines(tmp_path / "pages.jsonl"))
+    (tmp_path / "pages.jsonl").write_text('{"status": "ok"}\n' + '{"status": "failed", "reason": "no"}\n' * 5)
+    assert failures(tmp_path / "pages.jsonl", 2) == [f"{tmp_path}/pages.jsonl, line {i}: no" for i in (2, 3)] + [
+        f"{tmp_path}/pages.jsonl: ... and 3 more"]
 
 
 @pytest.mark.parametrize("workers", [1, 4])

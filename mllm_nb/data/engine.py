@@ -11,13 +11,13 @@ __all__ = ['RAW', 'SKIPPED', 'SKIPPED_CLASSES', 'HEADINGS', 'BLOCKS', 'MARKS', '
            'WriterError', 'Writer', 'text_of', 'list_of', 'checked_form', 'sentences', 'TemplateWriter', 'json_in',
            'EndpointWriter', 'EngineSettings', 'save_picture', 'pair_problem', 'Engine', 'show_engine', 'rewrite']
 
-# %% ../../nbs/5_data/5_engine.ipynb #35c047dd
-import base64, hashlib, html, http.client, io, ipaddress, itertools, json, os, re, socket, ssl, threading, time
+# %% ../../nbs/5_data/5_engine.ipynb #ee185f3b
+import base64, hashlib, html, http.client, io, ipaddress, itertools, json, os, queue, re, socket, ssl
+import threading, time
 import unicodedata
 import urllib.error, urllib.parse, urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from email.utils import parsedate_to_datetime
@@ -508,17 +508,18 @@ def run_step(path: Path, items: Iterable[Item], work: Callable[[dict], dict], *,
             if item.key in order: continue                       # the same work twice is done once
             order[item.key] = None
             if item.key not in journal or (retry and journal[item.key]["status"] == "failed"): yield item
+    results = worked(due(), partial(attempt, work), workers, journal)
     try:
-        for item, result in worked(due(), partial(attempt, work), workers, journal):
+        for item, result in results:
             journal.add(item.key, result)
             row = row + 1 if result["status"] == "failed" else 0
             if row >= patience:
                 raise EngineError(f"{path.stem}: {row} failed in a row, the last one: {result['reason']} "
                                   f"({journal.path} has them all; mend the cause and run again with retry)")
         return compiled(journal, order, path)
-    finally: journal.close()
+    finally: results.close(); journal.close()
 
-# %% ../../nbs/5_data/5_engine.ipynb #d784cb85
+# %% ../../nbs/5_data/5_engine.ipynb #b50fc397
 def attempt(work: Callable[[dict], dict], facts: dict) -> dict:
     "The result of some work, or why there is none. A bug is no reason: it is raised."
     try: return {"status": "ok", **work(facts)}
@@ -528,21 +529,40 @@ def worked(items: Iterable[Item], work: Callable[[dict], dict], workers: int, jo
            ) -> Iterator[tuple[Item, dict]]:
     """Items with their results, each as soon as it is there; items are only taken as they can be worked on.
 
-    Whoever stops early finds what was still under way in the journal.
+    Whoever stops early finds in the journal what was under way and ends within `LAST_WORDS` seconds.
     """
     if workers <= 1:
         yield from ((item, work(item.facts)) for item in items)
         return
-    pool, running = ThreadPoolExecutor(workers), {}
+    asked, told, under_way = queue.SimpleQueue(), queue.SimpleQueue(), 0
+    for _ in range(workers): threading.Thread(target=serve, args=(work, asked, told), daemon=True).start()
     try:
         for item in itertools.chain(items, [None] * workers):
-            if item is not None: running[pool.submit(work, item.facts)] = item
-            while running and (item is None or len(running) >= workers):
-                for done in wait(running, return_when=FIRST_COMPLETED).done: yield running.pop(done), done.result()
+            if item is not None: asked.put(item); under_way += 1
+            while under_way and (item is None or under_way >= workers):
+                done, result, error = told.get(); under_way -= 1
+                if error: raise error
+                yield done, result
     finally:
-        pool.shutdown(cancel_futures=True)
-        for late in (one for one in running if not one.cancelled() and one.exception() is None):
-            journal.add(running[late].key, late.result())
+        for _ in range(workers): asked.put(None)
+        keep_late(told, under_way, journal)
+
+# %% ../../nbs/5_data/5_engine.ipynb #9f08af0f
+LAST_WORDS = 5.0                                                # seconds
+
+def serve(work: Callable[[dict], dict], asked: queue.SimpleQueue, told: queue.SimpleQueue) -> None:
+    "What a worker does: items in, (item, result, error) out, until there is None."
+    while (item := asked.get()) is not None:
+        try: told.put((item, work(item.facts), None))
+        except BaseException as error: told.put((item, None, error))          # raised by who asked
+
+def keep_late(told: queue.SimpleQueue, under_way: int, journal: Journal) -> None:
+    "Keep what still comes in; who waits for somebody else is left waiting, and asked again by the next run."
+    end = time.monotonic() + LAST_WORDS
+    for _ in range(under_way):
+        try: item, result, error = told.get(timeout=max(0, end - time.monotonic()))
+        except queue.Empty: return
+        if error is None: journal.add(item.key, result)
 
 # %% ../../nbs/5_data/5_engine.ipynb #6e786b05
 def compiled(journal: Journal, order: Iterable[str], path: Path) -> Counter:

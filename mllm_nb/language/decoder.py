@@ -653,7 +653,7 @@ def _cut_fused(name: str, tensor: Tensor, config: DecoderConfig) -> dict[str, Te
                 for ours, part in zip(names, expert.chunk(len(names)))}
     return {name.replace(".mlp.gate.", ".block_sparse_moe.gate."): tensor}
 
-# %% ../../nbs/2_read/3_decoder.ipynb #0166d803
+# %% ../../nbs/2_read/3_decoder.ipynb #cd6f4646
 def load_transformers_state(decoder: Decoder, state: Mapping[str, Tensor]) -> None:
     "Copy a published state dict into `decoder`. Raises ValueError that lists missing, left-over and misshapen names."
     ours, theirs = decoder.state_dict(), transformers_keys(state, decoder.config)
@@ -664,7 +664,7 @@ def load_transformers_state(decoder: Decoder, state: Mapping[str, Tensor]) -> No
     if problems:
         listed = "; ".join(sorted(problems)[:8])
         raise ValueError(f"state dict: {len(problems)} names do not fit the decoder: {listed}")
-    decoder.load_state_dict(theirs)
+    decoder.load_state_dict(theirs, assign=next(decoder.parameters()).is_meta)   # without memory: its own now
 
 # %% ../../nbs/2_read/3_decoder.ipynb #660ce6aa
 class TransformersCache:

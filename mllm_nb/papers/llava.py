@@ -110,7 +110,7 @@ def sort_names(weights: Weights, newline: bool) -> tuple[dict[str, Tensor], Weig
 def grown_vocabulary(settings: Mapping[str, Any], weights: Weights) -> dict[str, Any]:
     "The settings with the word tables' own number of rows, where these have a few more than `vocab_size` says."
     rows = {name: tensor.shape[0] for name, tensor in weights.tensors.items()
-            if name in ("model.embed_tokens.weight", "transformer.wte.weight", "lm_head.weight")}
+            if tensor.ndim and name in ("model.embed_tokens.weight", "transformer.wte.weight", "lm_head.weight")}
     stated = settings.get("vocab_size")
     grown = len(set(rows.values())) == 1 and of_kind(stated, int) and 0 < stated < max(rows.values()) <= stated + 64
     if not grown:
