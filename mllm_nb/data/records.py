@@ -126,8 +126,8 @@ def index_array(data: bytes | mmap.mmap, first: int = 0) -> tuple[Int[np.ndarray
     return np.array(spans, np.int64).reshape(-1, 3), f"{rest[:20]!r} after the end of the array" if rest else ""
 
 # %% ../../nbs/5_data/2_records.ipynb #c430240f
-def index_lines(data: bytes | mmap.mmap, first: int = 0, chunk: int = 1 << 24) -> Int[np.ndarray, "records 3"]:
-    "Byte range and line number of every line that is not blank; `data` is read in chunks."
+def index_lines(data: bytes | mmap.mmap, first: int = 0, chunk: int = 1 << 20) -> Int[np.ndarray, "records 3"]:
+    "Byte range and line number of every line that is not blank; `data` is read in chunks that fit a cache."
     breaks = [np.flatnonzero(np.frombuffer(data[at:at + chunk], np.uint8) == ord("\n")) + at
               for at in range(first, len(data), chunk)]
     breaks = np.concatenate([np.empty(0, np.int64), *breaks])
@@ -294,13 +294,16 @@ def check_fields(record: dict) -> Iterator[Finding]:
         yield Finding("image", f"{tags} {IMAGE} tags for {len(names)} images", f"one {IMAGE} tag for each image")
 
 # %% ../../nbs/5_data/2_records.ipynb #f494ca2f
-def image_path(name: str, folder: Path, follow_links: bool = False) -> Path | Finding:
-    "The file that `name` means inside `folder`, or what is wrong with the name. It need not exist."
+def image_path(name: str, folder: Path, follow_links: bool = False, root: str | None = None) -> Path | Finding:
+    """The file that `name` means inside `folder`, or what is wrong with the name. It need not exist.
+
+    `root`: the folder's own resolved path, for who asks often."""
     if "://" in name or name.startswith("data:"): return Finding("image", shorten(name), "a path in the image folder")
     if "\0" in name: return Finding("image", shorten(name), "a path without zero bytes")
     if SURROGATE.search(name): return Finding("image", shorten(name), "a path that UTF-8 can hold")
     resolve = os.path.abspath if follow_links else os.path.realpath
-    root, target = resolve(folder), resolve(os.path.join(folder, name))
+    root = root or resolve(folder)
+    target = resolve(os.path.join(root, name))
     if target != root and not target.startswith(os.path.join(root, "")):
         return Finding("image", shorten(name), f"a path inside the image folder {folder}")
     return Path(target)
@@ -322,6 +325,7 @@ class Records:
             raise RecordError(f"{self.path}: {found}, expected records as JSON or JSONL")
         self.image_folder = Path(image_folder) if image_folder is not None else self.path.parent
         self.follow_links = follow_links
+        self.root = (os.path.abspath if follow_links else os.path.realpath)(self.image_folder)
         self.spans, self.problem = cached_scan(self.path, cache)
 
     def __len__(self) -> int: return len(self.spans)
@@ -338,26 +342,30 @@ class Records:
         start, _, line = self.spans[i]
         return f"{self.path.name} record {i}, " + (f"line {line}" if line else f"byte {start}")
 
+    def examined(self, i: int) -> tuple[dict | None, list[Finding], tuple[Path | Finding, ...]]:
+        "Record i as parsed, with all that is wrong with it, image files aside, and where its images are."
+        record, findings = parse_record(self.raw(i))
+        if record is None: return None, findings, ()
+        places = self.image_paths(record)
+        return record, [*check_fields(record), *(place for place in places if isinstance(place, Finding))], places
+
     def findings(self, i: int) -> tuple[dict | None, list[Finding]]:
         "Record i as parsed, with all that is wrong with it, image files aside."
-        record, findings = parse_record(self.raw(i))
-        if record is None: return None, findings
-        findings = list(check_fields(record))
-        findings += [place for place in self.image_paths(record) if isinstance(place, Finding)]
-        return record, findings
+        return self.examined(i)[:2]
 
     def image_paths(self, record: dict) -> tuple[Path | Finding, ...]:
         "Where the record's images are, or what is wrong with their names."
-        return tuple(image_path(name, self.image_folder, self.follow_links) for name in image_names(record) or ())
+        return tuple(image_path(name, self.image_folder, self.follow_links, self.root)
+                     for name in image_names(record) or ())
 
     def __getitem__(self, i: int) -> Sample:
         if not -len(self) <= i < len(self): raise IndexError(f"{self.path.name} has {len(self)} records, not {i}")
         i = i % len(self)
-        record, findings = self.findings(i)
+        record, findings, images = self.examined(i)
         errors = [finding for finding in findings if finding.severity == "error"]
         if errors: raise RecordError(str(problem_of(self, i, record, errors[0])))
         turns = tuple(Turn(role_of(turn), turn["value"]) for turn in record["conversations"])
-        return Sample(str(record.get("id", i)), self.image_paths(record), turns, self.where(i))
+        return Sample(str(record.get("id", i)), images, turns, self.where(i))
 
 # %% ../../nbs/5_data/2_records.ipynb #06db1c49
 @dataclass(frozen=True)
