@@ -470,3 +470,10 @@ def test_published_scales_are_read(tmp_path):
     assert (written["s2"], written["s2_scales"], written["mm_hidden_size"]) == (True, "8,16,24", 36)
     torch.testing.assert_close(MLLM.from_pretrained(tmp_path / "again")(IDS, (view,), INDEX, logits=True).logits, logits)
     assert MLLM.from_pretrained(tmp_path / "again").config.towers == model.config.towers
+
+
+@pytest.mark.parametrize("scales, reason", [("8,x", "found '8,x'"), (7, "found 7"), ("8,20", "multiples"), ("", "found ''"), (None, "found None")])
+def test_scales_that_cannot_be_are_named(tmp_path, scales, reason):
+    folder = write(tmp_path / "m", make_text("llama"), s2=True, s2_scales=scales)
+    with pytest.raises(WeightsError, match=f"s2_scales.*{reason}"):
+        load_llava(folder)

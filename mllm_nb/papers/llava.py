@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TOWERS', 'CLIP_336', 'CLIP_224', 'VICUNA_7B', 'VICUNA_13B', 'MISTRAL_7B', 'MPT_7B', 'LLAVA_1_5_7B', 'LLAVA_1_5_13B',
            'BAKLLAVA_1', 'LLAVA_LIGHTNING_MPT_7B', 'PUBLISHED', 'CLASS_DEFAULTS', 'ARMS', 'CLAIMS', 'clip_large',
-           'sort_names', 'grown_vocabulary', 'tower_settings', 'tower_folder', 'load_tower', 'tower_of',
+           'sort_names', 'grown_vocabulary', 'read_scales', 'tower_settings', 'tower_folder', 'load_tower', 'tower_of',
            'tower_config_of', 'assemble', 'manifest_shapes', 'cover', 'read_base', 'read_parts', 'published_name',
            'check_transformers', 'complete', 'from_transformers', 'cut_vocabulary', 'load_transformers_folder',
            'refuse_blind', 'load_llava', 'load_own', 'convert_pickle', 'convert_folder', 'refuse_export',
@@ -117,7 +117,15 @@ def grown_vocabulary(settings: Mapping[str, Any], weights: Weights) -> dict[str,
         return dict(settings)
     return {**settings, "vocab_size": max(rows.values())}
 
-# %% ../../nbs/9_papers/1_llava.ipynb #f539a1be
+# %% ../../nbs/9_papers/1_llava.ipynb #294bfd02
+def read_scales(value: Any) -> tuple[int, ...]:
+    "The sizes of `s2_scales`, rising. Raises WeightsError for anything else."
+    try:
+        return tuple(sorted(int(size) for size in (value.split(",") if isinstance(value, str) else value)))
+    except (TypeError, ValueError):
+        raise WeightsError(f"config.json, s2_scales: found {value!r}, expected sizes such as '336,672,1008'") from None
+
+
 def tower_settings(settings: Mapping[str, Any], tower: TowerConfig) -> TowerConfig:
     "The tower as this model uses it: layer, class token and the shape of its images from the published fields."
     if not isinstance(aspect := settings.get("image_aspect_ratio", "square"), str):
@@ -128,7 +136,7 @@ def tower_settings(settings: Mapping[str, Any], tower: TowerConfig) -> TowerConf
     pinpoints = tuple((int(width), int(height)) for width, height in pinpoints) if aspect == "anyres" else ()
     preprocess, scales = replace(tower.preprocess, aspect=aspect, pinpoints=pinpoints), ()
     if settings.get("s2"):   # views of the largest scale, which the tower cuts and shrinks by itself
-        scales = tuple(sorted(int(size) for size in settings.get("s2_scales", "336,672,1008").split(",")))
+        scales = read_scales(settings.get("s2_scales", "336,672,1008"))
         preprocess = replace(preprocess, size=scales[-1], crop=None)
     return replace(tower, preprocess=preprocess, select_layer=settings.get("mm_vision_select_layer", -2),
                    select_feature=settings.get("mm_vision_select_feature", "patch"), s2_scales=scales)
