@@ -653,3 +653,56 @@ def test_packed_batches_end_with_their_schedule(tmp_path):
 @pytest.mark.parametrize("every, expected", [(5, [5, 10, 12]), (4, [4, 8, 12]), (100, [12])])
 def test_the_last_row_is_always_written(every, expected, tmp_path):
     assert train(Words(), make_batches(), replace(QUIET, log_every=every), tmp_path).steps == expected
+
+
+# --- features of frozen towers, kept
+
+def seeing(tmp_path, remember=None, epochs: int = 2, shift: float = 0.0):
+    "Losses of a miniature that learns to connect, with some pictures more than once; and its memories."
+    from mllm_nb.data.batches import Batches, BatchSettings
+    from mllm_nb.data.world import World
+    from mllm_nb.training.miniatures import assemble_miniature
+    model, processor = assemble_miniature(seed=0)
+    with torch.no_grad():
+        next(model.towers.parameters()).add_(shift)
+    world = World(seed=3, length=6, view="conversation")
+    batches = Batches([world[number] for number in (0, 1, 2, 3, 1, 0)], processor, BatchSettings(192, 2, packing=False))
+    memories = remember(model) if remember else []
+    groups = (ParameterGroup("connector.*", frozen=False), ParameterGroup("*", frozen=True))
+    config = replace(QUIET, groups=groups, max_steps=None, epochs=epochs, save=False)
+    return train(model, batches, config, tmp_path).losses, memories, model
+
+
+def test_a_frozen_tower_looks_once_and_the_curve_stays(tmp_path):
+    expected, _, _ = seeing(tmp_path / "plain")
+    losses, memories, model = seeing(tmp_path / "kept", loop.remember_features)
+    assert losses == pytest.approx(expected, abs=1e-6) and len(losses) == 6
+    assert [memory.looked for memory in memories] == [4]   # six samples, two epochs, four pictures
+    none, memories, _ = seeing(tmp_path / "no room", lambda model: loop.remember_features(model, gigabytes=0))
+    assert none == pytest.approx(expected, abs=1e-6) and memories[0].looked > 4
+    names = set(model.state_dict())
+    assert all(name.split(".")[2] == "vit" for name in names if name.startswith("towers."))
+
+
+def test_a_folder_serves_later_runs_of_the_same_tower(tmp_path):
+    def kept(model):
+        return loop.remember_features(model, tmp_path / "features")
+    first, memories, _ = seeing(tmp_path / "a", kept)
+    again, later, _ = seeing(tmp_path / "b", kept)
+    assert again == first and memories[0].looked == 4 and later[0].looked == 0
+    _, other, _ = seeing(tmp_path / "c", kept, shift=0.01)
+    assert other[0].looked == 4   # other weights see other things
+    assert not list((tmp_path / "features").rglob(".*"))
+
+
+def test_a_tower_that_learns_is_asked_every_time(tmp_path):
+    from mllm_nb.training.miniatures import assemble_miniature
+    model, _ = assemble_miniature(seed=0)
+    memory, = loop.remember_features(model)
+    view = torch.randn(2, 3, 128, 128)
+    assert torch.equal(model.towers[0](view).grid, model.towers[0](view).grid) and memory.looked == 2
+    model.towers[0].requires_grad_(True)
+    model.towers[0](view)
+    assert memory.looked == 2
+    with pytest.raises(ValueError, match="tower 0 learns"):
+        loop.remember_features(model)

@@ -10,9 +10,10 @@ __all__ = ['SCHEDULES', 'ALONE', 'NORM_OR_BIAS', 'NORMS', 'Schedule', 'learning_
            'record_names', 'place', 'LossError', 'check_facts', 'Run', 'train_step', 'settle', 'update', 'log_row',
            'plan_for', 'precision_name', 'count_steps', 'start_run', 'save_run', 'in_words', 'restore_run',
            'restore_dice', 'read_metrics', 'MetricsLog', 'Interrupted', 'stop_signals', 'progress_bar', 'show_progress',
-           'History', 'train']
+           'History', 'train', 'FeatureMemory', 'view_key', 'remember_features']
 
-# %% ../../nbs/6_train/1_loop.ipynb #8b26f35a
+# %% ../../nbs/6_train/1_loop.ipynb #0a250fd3
+import hashlib
 import json
 import math
 import os
@@ -878,3 +879,68 @@ def train(
         finally:
             log.close()
     return History(folder, read_metrics(folder / "metrics.jsonl"))
+
+# %% ../../nbs/6_train/1_loop.ipynb #a56dc138
+class FeatureMemory:
+    "In the place of a frozen tower's `forward`: each view is looked at once. `looked` counts how often it was asked."
+    def __init__(self, tower: nn.Module, folder: Path | None, gigabytes: float):
+        self.tower, self.look, self.room, self.looked = tower, tower.forward, gigabytes * 1e9, 0
+        self.kept: dict[str, dict[str, Tensor]] = {}
+        known = hashlib.blake2b(repr(sorted(checkpoints.frozen_prints(tower).items())).encode(), digest_size=8)
+        self.folder = folder and Path(folder) / known.hexdigest()   # other weights, another folder
+
+    def __call__(self, pixels: Tensor, image_sizes: Any = None) -> Any:
+        from mllm_nb.vision.towers import Features
+        if any(one.requires_grad or hasattr(one, "placements") or hasattr(one, "ds_id")
+               for one in self.tower.parameters()):
+            return self.look(pixels, image_sizes)
+        sizes = [None] * len(pixels) if image_sizes is None else [tuple(map(int, size)) for size in image_sizes]
+        keys = [view_key(view, size) for view, size in zip(pixels, sizes)]
+        found = {key: self.find(key) for key in keys}
+        new = [keys.index(key) for key, value in found.items() if value is None]
+        if new:
+            with torch.no_grad():
+                seen = self.look(pixels[new], None if image_sizes is None else [sizes[number] for number in new])
+            self.looked += len(new)
+            for place, number in enumerate(new):
+                found[keys[number]] = self.keep(keys[number], {name: value[place].to("cpu", copy=True) for name, value
+                                                               in vars(seen).items() if value is not None})
+        together = {name: torch.stack([found[key][name] for key in keys]) for name in found[keys[0]]}
+        return Features(**{name: value.to(pixels.device) for name, value in together.items()})
+
+    def find(self, key: str) -> dict[str, Tensor] | None:
+        if key not in self.kept and self.folder and (self.folder / key).is_file():
+            return checkpoints.load_file(self.folder / key)
+        return self.kept.get(key)
+
+    def keep(self, key: str, value: dict[str, Tensor]) -> dict[str, Tensor]:
+        "In the folder; else in memory while there is room."
+        size = sum(one.nbytes for one in value.values())
+        if self.folder:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            checkpoints.save_file(value, temporary := self.folder / f".{key}.{os.getpid()}")
+            os.replace(temporary, self.folder / key)
+        elif size <= self.room:
+            self.kept[key], self.room = value, self.room - size
+        return value
+
+# %% ../../nbs/6_train/1_loop.ipynb #24149782
+def view_key(view: Tensor, size: tuple[int, int] | None) -> str:
+    "A checksum of a view, its size before padding, and the precision it is looked at in."
+    half = torch.get_autocast_dtype(view.device.type) if torch.is_autocast_enabled(view.device.type) else view.dtype
+    bits = view.detach().cpu().contiguous().view(torch.uint8).numpy()
+    return hashlib.blake2b(bits.tobytes() + repr((size, half, tuple(view.shape))).encode(), digest_size=16).hexdigest()
+
+
+def remember_features(model: nn.Module, folder: str | Path | None = None, gigabytes: float = 4.0
+                      ) -> list[FeatureMemory]:
+    """Let every tower of a model look at each view once, in place. Half a megabyte to a view is usual: count first.
+
+    Raises ValueError for a tower that learns.
+    """
+    for number, tower in enumerate(model.towers):
+        if any(parameter.requires_grad for parameter in tower.parameters()):
+            raise ValueError(f"remember_features: tower {number} learns, expected a frozen one")
+        if not isinstance(tower.__dict__.get("forward"), FeatureMemory):
+            tower.forward = FeatureMemory(tower, folder and Path(folder), gigabytes)
+    return [tower.forward for tower in model.towers]
