@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from mllm_nb.connectors.sva import (SVAConfig, VisionSampler, Window, cut_windows, open_if_empty,
+from mllm_nb.connectors.sva import (SVAConfig, VisionSampler, Window, cut_windows, open_if_empty, pays,
                                     plain_features, sampled)
 from mllm_nb.language.decoder import DecoderConfig, TransformersDecoder
 from mllm_nb.language.generate import generate
@@ -208,3 +208,49 @@ def test_one_compilation_serves_every_picture_shape():
         index = torch.randint(-2, 16, (1, 9))
         compiled(*grids(), torch.tensor([size]), torch.randn(1, 9, 24), index)
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("sides, tokens", [((1, 2), 4), ((1, 4), 16)])
+def test_the_automatic_way_is_both(sides, tokens):
+    "Small windows go the plain way, large ones the fast one; the numbers are the same."
+    torch.manual_seed(0)
+    sampler = VisionSampler(WIDTH, WIDTH, sides, WIDTH, 1)
+    windows = [Window(torch.randn(1, 4, side ** 2, WIDTH), torch.ones(1, 4, side ** 2, dtype=torch.bool))
+               for side in sides]
+    assert sampler.layers[0].path == "auto" and pays(windows) == (tokens >= 16)
+    queries, context, found = torch.randn(1, 4, WIDTH), torch.randn(1, 1, WIDTH), {}
+    for path in ("auto", "fast", "plain"):
+        sampler.layers[0].path = path
+        with torch.no_grad():
+            found[path] = sampler(queries, context, windows)
+    torch.testing.assert_close(found["auto"], found["plain"])
+    torch.testing.assert_close(found["fast"], found["plain"], atol=1e-5, rtol=1e-4)
+
+
+def test_without_windows_every_cell_sees_everything():
+    sva, (coarse, fine) = aggregator(windowed=False), grids()
+    assert sva.vision_query.shape == (16, WIDTH) and sva.vision_sampler_0.layers[0].pos_embed_1.shape == (64, WIDTH)
+    with torch.no_grad():
+        before = sva(plain_features([coarse, fine]))
+        fine[0, 5, 2] += 2
+        changed = (sva(plain_features([coarse, fine])) - before).abs().sum(-1)[0] > 1e-6
+    assert changed.all() and (before[0, 0] - before[0, 1]).abs().max() > 1e-4     # each cell asks its own question
+
+
+def test_without_windows_by_hand():
+    "One softmax over all tokens of all towers, in which padding has no share."
+    sva, (coarse, fine) = aggregator(windowed=False), grids(views=2)
+    masks = [torch.ones(2, 4, 4, dtype=torch.bool), torch.ones(2, 8, 8, dtype=torch.bool)]
+    masks[1][1, :4] = False
+    sight, layer = sva.look(plain_features([coarse, fine], masks)), sva.vision_sampler_0.layers[0]
+    queries = sva.vision_query.expand(2, -1, -1)
+    hidden, attention = layer.joined(queries, sight.context), layer.cross_attn
+    tokens = [grid.flatten(1, 2) + getattr(layer, f"pos_embed_{k}") for k, grid in enumerate(sight.grids)]
+    keys, values = (torch.cat([getattr(attention, f"{name}_proj_{k}")(one) for k, one in enumerate(tokens)], dim=1)
+                    for name in "kv")
+    heads = [part.unflatten(-1, (16, -1)).transpose(1, 2) for part in (attention.q_proj(hidden), keys, values)]
+    scores = heads[0] @ heads[1].mT * heads[0].shape[-1] ** -.5
+    scores = scores.masked_fill(~torch.cat([mask.flatten(1) for mask in masks], 1)[:, None, None], -torch.inf)
+    answer = (scores.softmax(-1) @ heads[2]).transpose(1, 2).flatten(2)
+    wanted = queries + layer.proj_out(layer.norm(hidden + attention.o_proj(answer)))
+    torch.testing.assert_close(layer(queries, sight.context, sight.windows(4)), wanted, atol=1e-5, rtol=1e-4)

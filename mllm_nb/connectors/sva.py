@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HEADS', 'PIECE', 'LAYER_TYPES', 'cut_windows', 'show_windows', 'open_if_empty', 'norm_linear', 'CrossAttention',
            'OutputMLP', 'plain_attention', 'Window', 'normalised', 'SamplerLayer', 'projected', 'head_matrices',
-           'tower_scores', 'in_pieces', 'tower_values', 'split_cells', 'fast_attention', 'multiplications',
+           'tower_scores', 'in_pieces', 'tower_values', 'split_cells', 'fast_attention', 'pays', 'multiplications',
            'TowerAttention', 'SeparateLayer', 'VisionSampler', 'square_side', 'SVAConfig', 'Sight',
            'SpatialVisionAggregator', 'plain_features', 'sampled', 'decoder_layers', 'looking', 'window_shares']
 
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .mlp import build_projector
+from ..device import check_settings
 from ..vision.towers import Features, interpolate_grid
 
 # %% ../../nbs/3_connect/3_sva.ipynb #a5deb9b3
@@ -93,17 +94,19 @@ class OutputMLP(nn.Module):
 # %% ../../nbs/3_connect/3_sva.ipynb #138caf2d
 def plain_attention(attention: CrossAttention, hidden: Float[Tensor, "views cells width"],
                     windows: Sequence["Window"], places: Sequence[Tensor | None]) -> Float[Tensor, "views cells width"]:
-    "Every key and value projected, then ordinary attention of one query over all towers' tokens."
+    "Every key and value projected, then ordinary attention over all towers' tokens. Several queries share one window."
     tokens = [one.values if place is None else one.values + place for one, place in zip(windows, places)]
     project = [(getattr(attention, f"k_proj_{k}"), getattr(attention, f"v_proj_{k}")) for k in range(len(tokens))]
     keys = torch.cat([key(part) for (key, _), part in zip(project, tokens)], dim=2)
     values = torch.cat([value(part) for (_, value), part in zip(project, tokens)], dim=2)
     visible = torch.cat([one.mask for one in windows], dim=2)[:, :, None]
     split = "views cells window (heads dim) -> (views cells) heads window dim"
-    query = attention.q_proj(hidden.expand(-1, keys.shape[1], -1))[:, :, None]
+    query = attention.q_proj(hidden.expand(-1, max(keys.shape[1], hidden.shape[1]), -1))
+    query = query.unflatten(1, (keys.shape[1], -1))
     query, keys, values = (rearrange(part, split, heads=HEADS) for part in (query, keys, values))
     found = F.scaled_dot_product_attention(query, keys, values, visible.flatten(0, 1)[:, None])
-    return attention.o_proj(rearrange(found, "(views cells) heads 1 dim -> views cells (heads dim)", views=len(hidden)))
+    whole = "(views cells) heads asked dim -> views (cells asked) (heads dim)"
+    return attention.o_proj(rearrange(found, whole, views=len(hidden)))
 
 # %% ../../nbs/3_connect/3_sva.ipynb #fbeb0182
 @dataclass
@@ -149,11 +152,11 @@ def normalised(values: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows wid
 class SamplerLayer(nn.Module):
     """One layer of `VisionTokenSampler` (Cambrian-1, section 3.2; cambrian/model/vision_sampler.py).
 
-    `windows`: side of each tower's window. `path` is "fast" or "plain"; both compute the same.
+    `windows`: side of each tower's window. `path` is "fast", "plain" or "auto" (what pays); all compute the same.
     """
     def __init__(self, query_width: int, context_width: int, windows: Sequence[int], width: int):
         super().__init__()
-        self.path = "fast"
+        self.path = "auto"
         self.proj_context = nn.Linear(context_width, width, bias=False)
         self.proj_in = nn.Linear(query_width + width, width, bias=False)
         self.proj_out, self.norm = OutputMLP(width, query_width), nn.LayerNorm(width)
@@ -167,7 +170,7 @@ class SamplerLayer(nn.Module):
         "The queries, updated by what their windows show. A single query a view serves all its cells."
         hidden = self.joined(queries, context)
         places = [getattr(self, f"pos_embed_{tower}") for tower in range(len(windows))]
-        attend = fast_attention if self.path == "fast" else plain_attention
+        attend = fast_attention if self.path == "fast" or self.path == "auto" and pays(windows) else plain_attention
         return queries + self.proj_out(self.norm(hidden + attend(self.cross_attn, hidden, windows, places)))
 
     def joined(self, queries: Float[Tensor, "views cells query"], context: Float[Tensor, "views 1 context"]
@@ -273,6 +276,11 @@ def fast_attention(attention: CrossAttention, hidden: Float[Tensor, "views cells
     found = found + sum(tower_values(share, windows[k].normal, project[1][k]) for k, share in zip(lone, shares))
     return attention.o_proj(rearrange(found, "views cells heads dim -> views cells (heads dim)"))
 
+# %% ../../nbs/3_connect/3_sva.ipynb #8450a343
+def pays(windows: Sequence[Window]) -> bool:
+    "Whether `fast_attention` moves fewer numbers than `plain_attention`: windows no smaller than the absorbed queries."
+    return max(one.mask.shape[2] for one in windows) >= HEADS and windows[0].mask.shape[1] > 1
+
 # %% ../../nbs/3_connect/3_sva.ipynb #73d338fb
 def multiplications(windows: Sequence[int], cells: int = 576, width: int = 1024) -> tuple[int, int]:
     "Products of numbers that one layer takes (plain, fast), matrices of width x width alone."
@@ -356,7 +364,7 @@ def square_side(count: int, name: str) -> int:
         raise ValueError(f"{name}: found {count}, expected a square number")
     return side
 
-# %% ../../nbs/3_connect/3_sva.ipynb #874724b6
+# %% ../../nbs/3_connect/3_sva.ipynb #68eee980
 @dataclass(frozen=True)
 class SVAConfig:
     "The published flags of Cambrian's aggregator, under their names."
@@ -371,8 +379,11 @@ class SVAConfig:
     start_of_vision_sampler_layers: int = 16              # the first one works after this layer (counted from 0)
     stride_of_vision_sampler_layers: int = 1
     mm_projector_type: str = "sva"
+    windowed: bool = True                                 # ours: False lets every query see all cells of all towers
 
     def __post_init__(self):
+        check_settings(self, ("mm_vision_tower_aux_token_len_list", "vision_hidden_size", "query_num_list"),
+                       ("num_of_vision_sampler_layers", "start_of_vision_sampler_layers"))
         if len(self.query_num_list) != self.num_query_group:
             raise ValueError(f"query_num_list: found {len(self.query_num_list)} numbers, "
                              f"expected num_query_group = {self.num_query_group}")
@@ -391,7 +402,7 @@ class SVAConfig:
 
     def windows(self, cells: int) -> tuple[int, ...]:
         "Side of each tower's window for a group of so many cells. ValueError where a grid cannot be divided."
-        side = square_side(cells, "query_num_list")
+        side = square_side(cells, "query_num_list") if self.windowed else 1
         if odd := [grid for grid in self.grid_sides if grid % side]:
             raise ValueError(f"mm_vision_tower_aux_token_len_list: found a grid of {odd[0]} x {odd[0]}, which "
                              f"{side} x {side} queries do not divide")
@@ -412,23 +423,25 @@ class SVAConfig:
         width, windows = self.vision_hidden_size, self.windows(self.image_token_len)
         return nn.ModuleList(VisionSampler(output_width, width, windows, width, 1) for _ in self.sampled_layers)
 
-# %% ../../nbs/3_connect/3_sva.ipynb #baab29c3
+# %% ../../nbs/3_connect/3_sva.ipynb #2d45b7cb
 @dataclass
 class Sight:
     "All towers' features at one width, for one call."
     grids: list[Float[Tensor, "views side side width"]]
     masks: list[Bool[Tensor, "views side side"]]
     context: Float[Tensor, "views 1 width"]
+    windowed: bool = True
     _windows: dict[int, list[Window]] = field(default_factory=dict)
 
     def windows(self, side: int) -> list[Window]:
         "Every tower's windows for `side` x `side` queries: the grids themselves, cut where they are read."
+        side = side if self.windowed else 1
         if side not in self._windows:
             masks = open_if_empty([cut_windows(mask, side) for mask in self.masks])
             self._windows[side] = [Window(grid, mask, side) for grid, mask in zip(self.grids, masks)]
         return self._windows[side]
 
-# %% ../../nbs/3_connect/3_sva.ipynb #03353ef9
+# %% ../../nbs/3_connect/3_sva.ipynb #930e3540
 class SpatialVisionAggregator(nn.Module):
     """Cambrian-1's connector (section 3.2; cambrian/model/cambrian_arch.py), under the published names.
 
@@ -443,7 +456,8 @@ class SpatialVisionAggregator(nn.Module):
         for tower, inputs in enumerate(input_widths):
             self.add_module(f"mm_projector_aux_{tower}", nn.Sequential(
                 nn.Linear(inputs, width), nn.GELU(), nn.Linear(width, width), nn.LayerNorm(width)))
-        self.vision_query = nn.Parameter(torch.randn(config.num_query_group, width) * width ** -.5)
+        each = [1 if config.windowed else cells for cells in config.query_num_list]   # places tell windowed ones apart
+        self.vision_query = nn.Parameter(torch.randn(sum(each), width) * width ** -.5)
         for group, cells in enumerate(config.query_num_list):
             sampler = VisionSampler(width, width, config.windows(cells), width, config.connector_depth)
             self.add_module(f"vision_sampler_{group}", sampler)
@@ -456,16 +470,17 @@ class SpatialVisionAggregator(nn.Module):
                 raise ValueError(f"tower {number}: found a grid of {tuple(one.grid.shape[1:3])}, "
                                  f"expected {(side, side)} (mm_vision_tower_aux_token_len_list)")
         grids = [getattr(self, f"mm_projector_aux_{number}")(one.grid) for number, one in enumerate(features)]
-        return Sight(grids, [one.mask for one in features], grids[0].mean(dim=(1, 2))[:, None])
+        context = grids[0].mean(dim=(1, 2))[:, None]
+        return Sight(grids, [one.mask for one in features], context, self.config.windowed)
 
     def forward(self, features: Sequence[Features] | Sight) -> Float[Tensor, "views tokens width"]:
         "Every view's visual tokens, row by row, padding still among them."
         sight = features if isinstance(features, Sight) else self.look(features)
         side = square_side(self.config.image_token_len, "image_token_len")
-        maps = []
-        for group, cells in enumerate(self.config.query_num_list):
-            own, query = square_side(cells, "query_num_list"), self.vision_query[group].to(sight.context.dtype)
-            queries = query.expand(len(sight.context), 1, -1)
+        maps, each = [], [1 if self.config.windowed else cells for cells in self.config.query_num_list]
+        for group, (cells, query) in enumerate(zip(self.config.query_num_list, self.vision_query.split(each))):
+            own = square_side(cells, "query_num_list")
+            queries = query.to(sight.context.dtype).expand(len(sight.context), -1, -1)
             found = getattr(self, f"vision_sampler_{group}")(queries, sight.context, sight.windows(own))
             grid = rearrange(found, "views (rows columns) width -> views rows columns width", rows=own)
             maps.append(interpolate_grid(grid, side).flatten(1, 2))

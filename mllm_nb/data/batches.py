@@ -108,7 +108,7 @@ def pack(
     check_fit(lengths, capacity, "tokens"); check_fit(views, max_views or 0, "views")
     rows, room = [], RoomTree(len(lengths), capacity)
     seats, left = RoomTree(len(lengths), capacity), [max_views or 0] * len(lengths)
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
         tree = seats if views[i] else room                       # seats = room, with rows full of views closed
         row = tree.first(lengths[i])
         while left[row] < views[i]: row = tree.first(lengths[i], row + 1)
@@ -123,6 +123,7 @@ def pack(
 # %% ../../nbs/5_data/3_batches.ipynb #a80d565c
 def check_fit(sizes: Sequence[int], limit: int, unit: str) -> None:
     "ValueError, with the sample's number, if one alone is over the limit."
+    if max(sizes, default=0) <= limit: return
     for i, size in enumerate(sizes):
         if size > limit: raise ValueError(f"sample {i}: found {size} {unit}, expected at most the row's {limit}")
 
@@ -150,17 +151,22 @@ def expand_images(
 
     What LLaVA's `prepare_inputs_labels_for_multimodal` does, in integers. ValueError if tags and images differ.
     """
-    found = sum(token == IMAGE_TOKEN_ID for token in input_ids)
+    found = input_ids.count(IMAGE_TOKEN_ID)
     expect(found == len(layouts), f"found {found} image tokens for {len(layouts)} images, expected as many")
-    out, image = Expanded([], [], []), 0
-    for token, label in zip(input_ids, labels, strict=True):
-        if token == IMAGE_TOKEN_ID:
-            places = [row + first_row if row >= 0 else row for row in layouts[image]]
-            label, first_row, image = IGNORE, first_row + rows[image], image + 1
-        else: places = [TEXT]
-        out.input_ids.extend([token] * len(places))
-        out.labels.extend([label] * len(places))
-        out.image_index.extend(places)
+    expect(len(input_ids) == len(labels), f"found {len(labels)} labels for {len(input_ids)} tokens, expected as many")
+    out, begin = Expanded([], [], []), 0
+
+    def words(end: int) -> None:
+        "The words up to the next image, all at once."
+        out.input_ids.extend(input_ids[begin:end]); out.labels.extend(labels[begin:end])
+        out.image_index.extend([TEXT] * (end - begin))
+
+    for layout, count in zip(layouts, rows, strict=True):
+        words(place := input_ids.index(IMAGE_TOKEN_ID, begin))
+        out.input_ids.extend([IMAGE_TOKEN_ID] * len(layout)); out.labels.extend([IGNORE] * len(layout))
+        out.image_index.extend(row + first_row if row >= 0 else row for row in layout)
+        begin, first_row = place + 1, first_row + count
+    words(len(input_ids))
     return out
 
 # %% ../../nbs/5_data/3_batches.ipynb #7c0937b7
@@ -310,7 +316,8 @@ def process(processor: Processor, sample: Sample, answer_pending: bool = False) 
     expanded = expand_images(encoded.input_ids, encoded.labels, [place.layout for place in places[:used]], rows)
     end = processor.max_length if processor.too_long == "cut" else None
     tensors = (torch.tensor(values[:end], dtype=torch.long) for values in expanded)
-    pixels = tuple(see(images[:used], settings) for settings in processor.preprocess)
+    seen = {settings: see(images[:used], settings) for settings in set(processor.preprocess)}   # towers may agree
+    pixels = tuple(seen[settings] for settings in processor.preprocess)
     sizes = tuple(image.size for image in images[:used]) if processor.layout == "unpad" else ()
     return Example(sample.id, sample.name, *tensors, pixels, sum(rows), len(sample.turns) - kept, sizes)
 
@@ -434,8 +441,8 @@ def collate(
     side: str = "right",                     # where the padding goes; "left" for generation
 ) -> Batch:
     "Lay examples end to end in rows of one length and number their views through. ValueError if they do not fit."
-    fields = {name: torch.full((len(rows), length), fill) for name, fill in
-              zip(INTEGER_FIELDS, (pad_id, IGNORE, TEXT, 0, 0))}
+    fields = {name: np.full((len(rows), length), fill) for name, fill in
+              zip(INTEGER_FIELDS, (pad_id, IGNORE, TEXT, 0, 0))}         # NumPy starts small copies ten times as fast
     first_row, examples = 0, [example for row in rows for example in row]
     for r, row in enumerate(rows):
         if (used := sum(map(len, row))) > length:
@@ -445,20 +452,21 @@ def collate(
         for number, example in enumerate(row, 1):
             write_example(fields, r, at, number, example, first_row)
             at, first_row = at + len(example), first_row + example.rows
-    return Batch(**fields, pixels=join_pixels(examples, views), image_sizes=join_sizes(examples, views),
+    tensors = {name: torch.from_numpy(values) for name, values in fields.items()}
+    return Batch(**tensors, pixels=join_pixels(examples, views), image_sizes=join_sizes(examples, views),
                  ids=tuple(tuple(e.id for e in row) for row in rows),
                  names=tuple(tuple(e.name for e in row) for row in rows))
 
 # %% ../../nbs/5_data/3_batches.ipynb #0a592786
-def write_example(fields: dict[str, Tensor], row: int, at: int, number: int, example: Example, first: int) -> None:
+def write_example(fields: dict[str, np.ndarray], row: int, at: int, number: int, example: Example, first: int) -> None:
     "Put one example into its row at place `at`; its visual rows begin at `first`."
-    place, index = slice(at, at + len(example)), example.image_index
-    fields["input_ids"][row, place] = example.input_ids
-    fields["labels"][row, place] = example.labels
+    place, index = slice(at, at + len(example)), example.image_index.numpy()
+    fields["input_ids"][row, place] = example.input_ids.numpy()
+    fields["labels"][row, place] = example.labels.numpy()
     fields["labels"][row, at:at + 1] = IGNORE                    # nothing before it may be asked to predict it
-    fields["image_index"][row, place] = torch.where(index >= 0, index + first, index)
+    fields["image_index"][row, place] = np.where(index >= 0, index + first, index)
     fields["segments"][row, place] = number
-    fields["positions"][row, place] = torch.arange(len(example))
+    fields["positions"][row, place] = np.arange(len(example))
 
 # %% ../../nbs/5_data/3_batches.ipynb #f6ef0ec3
 def join_pixels(examples: Sequence[Example], views: int | None) -> tuple[Tensor, ...]:
@@ -528,7 +536,7 @@ def plan_epoch(sizes: Sizes, settings: BatchSettings, epoch: int = 0) -> list[Gl
     batches, rest = [], []
     for length, members in kinds(order, sizes, settings):
         rows = make_rows(members, sizes, settings)
-        if settings.shuffle: rows = [rows[i] for i in random.permutation(len(rows))]
+        if settings.shuffle: rows = [rows[i] for i in random.permutation(len(rows)).tolist()]
         whole = len(rows) // step * step
         batches += [GlobalBatch(length, rows[i:i + step]) for i in range(0, whole, step)]
         rest += [(length, row) for row in rows[whole:]]
@@ -544,11 +552,10 @@ def cut_steps(steps: list[GlobalBatch], rows: int) -> list[GlobalBatch]:
 # %% ../../nbs/5_data/3_batches.ipynb #c9ef67eb
 def kinds(order: Int[np.ndarray, "samples"], sizes: Sizes, settings: BatchSettings) -> list[tuple[int, list[int]]]:
     "Samples that may share a batch, because bucket and modality agree: [(row length, sample numbers in order)]."
-    groups = {}
-    for i in order.tolist():
-        bucket = settings.shapes[bisect_left(settings.shapes, sizes.lengths[i])]
-        groups.setdefault((bucket, settings.group_by_modality and sizes.views[i] > 0), []).append(i)
-    return [(bucket, members) for (bucket, _), members in groups.items()]
+    bucket = np.searchsorted(settings.shapes, sizes.lengths[order])
+    kind = 2 * bucket + (sizes.views[order] > 0) * settings.group_by_modality
+    found, first = np.unique(kind, return_index=True)
+    return [(settings.shapes[one // 2], order[kind == one].tolist()) for one in found[np.argsort(first)].tolist()]
 
 # %% ../../nbs/5_data/3_batches.ipynb #1e6d6cd2
 def make_rows(members: list[int], sizes: Sizes, settings: BatchSettings) -> list[list[int]]:
@@ -557,9 +564,9 @@ def make_rows(members: list[int], sizes: Sizes, settings: BatchSettings) -> list
     limit = settings.views_per_batch // settings.rows if settings.views_per_batch is not None else None
     rows = []
     for at in range(0, len(members), settings.window):
-        window = np.array(members[at:at + settings.window])
+        window = members[at:at + settings.window]
         packed = pack(sizes.lengths[window].tolist(), settings.length, sizes.views[window].tolist(), limit)
-        rows += [window[row].tolist() for row in packed]
+        rows += [[window[i] for i in row] for row in packed]
     return rows
 
 # %% ../../nbs/5_data/3_batches.ipynb #623b1198
