@@ -104,7 +104,7 @@ def test_the_tour_writes_report_and_results(tmp_path):
         run_tour(tmp_path, ["lava"])
 
 
-@pytest.mark.parametrize("name", ["language", "contrastive", "masked", "vqgan"])
+@pytest.mark.parametrize("name", ["language", "contrastive", "masked", "convnext", "vqgan"])
 def test_parts_can_be_rebuilt(name, tmp_path):
     folder = rebuild_part(name, tmp_path, steps=3)
     assert {"config.json", "model.safetensors"} <= {path.name for path in folder.iterdir()}

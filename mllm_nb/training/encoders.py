@@ -5,9 +5,11 @@
 # %% auto #0
 __all__ = ['visible_places', 'gathered', 'Pictures', 'world_pictures', 'PictureBatches', 'PixelDecoder', 'MaskedAutoencoder',
            'masked_config', 'pretrain_masked', 'rebuild_masked', 'save_masked', 'load_masked', 'ridge', 'Things',
-           'at_cells', 'probe']
+           'at_cells', 'probe', 'covered_cells', 'detail_batch', 'DetailTeacher', 'convnext_config', 'DetailBatches',
+           'pretrain_convnext', 'rebuild_convnext']
 
-# %% ../../nbs/6_train/7_encoders.ipynb #0074317e
+# %% ../../nbs/6_train/7_encoders.ipynb #a3218273
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,9 +23,12 @@ from torch import Tensor, nn
 
 from ..data.world import COLOURS, SHAPES, SIDE, Objects, make_picture
 from .loop import TrainingConfig, train
-from .miniatures import MINIATURE_IMAGES, PICTURES, LossAndCount, part
+from mllm_nb.training.miniatures import (
+    BLANK, MINIATURE_IMAGES, PICTURES, ContrastiveTeacher, LossAndCount, Matching, load_language, load_tokenizer,
+    matching_losses, part)
+from ..vision.convnext import ConvNeXt, ConvNeXtConfig
 from ..vision.patches import patchify
-from ..vision.towers import Tower, TowerConfig
+from ..vision.towers import Tower, TowerConfig, merge_stages
 from ..vision.vit import Layer, ViT, ViTConfig
 
 # %% ../../nbs/6_train/7_encoders.ipynb #fe7bf7a2
@@ -201,3 +206,80 @@ def probe(features: Float[Tensor, "things values"], things: Things, trained: int
     guess = features[~old] @ matrix + offset
     right = (guess[:, :-2].argmax(1) == things.names[~old]).float().mean().item()
     return right, (guess[:, -2:] - (things.middles % size)[~old]).norm(dim=1).mean().item()
+
+# %% ../../nbs/6_train/7_encoders.ipynb #f53b1b08
+def covered_cells(picture, grid: int = 16) -> dict[int, str]:
+    "Cell number (row by row) -> the name of the smallest region that covers the cell's middle."
+    step, found = SIDE / grid, {}
+    regions = sorted(picture.regions(), key=lambda one: -(one[0][2] - one[0][0]) * (one[0][3] - one[0][1]))
+    for (left, top, right, bottom), name in regions:              # the smallest comes last and stays
+        rows = [row for row in range(grid) if top <= (row + .5) * step < bottom]
+        found |= {row * grid + column: name for row in rows for column in range(grid)
+                  if left <= (column + .5) * step < right}
+    return found
+
+
+def detail_batch(first: int, count: int, split: str = "train", seed: int = 13, grid: int = 16) -> Matching:
+    "Pictures of the world with up to 28 of the cells that something covers, and 8 that nothing does."
+    pictures = [make_picture(i, split, seed, PICTURES)[0] for i in range(first, first + count)]
+    found = []
+    for i, picture in enumerate(pictures):
+        names, rng = covered_cells(picture, grid), random.Random(first + i)
+        empty = rng.sample([cell for cell in range(grid ** 2) if cell not in names], 8)
+        covered = rng.sample(sorted(names), min(28, len(names)))
+        found += [(i, cell, names.get(cell, BLANK)) for cell in covered + empty]
+    owner, cells, names = zip(*found)
+    drawn = torch.from_numpy(np.stack([np.asarray(picture.draw()) for picture in pictures])).movedim(-1, 1)
+    return Matching(drawn / 127.5 - 1, (), torch.tensor(cells), torch.tensor(owner), names)
+
+# %% ../../nbs/6_train/7_encoders.ipynb #cdd3397c
+class DetailTeacher(ContrastiveTeacher):
+    "A convolution's stages, brought to one grid, matched cell by cell with names."
+    def __init__(self, net: ConvNeXt, grid: int = 16):
+        super().__init__(net, load_tokenizer(), load_language().model.embed_tokens.weight)
+        del self.whole, self.whole_scale
+        self.grid = grid
+
+    def forward(self, batch: Matching) -> LossAndCount:
+        cells = merge_stages(self.vit(batch.pixels), self.grid).flatten(1, 2)[batch.owner, batch.cells].float()
+        names = sorted(set(batch.phrases))
+        number = {name: i for i, name in enumerate(names)}
+        target = torch.tensor([number[name] for name in batch.phrases], device=cells.device)
+        weight = torch.where(target == number[BLANK], .3, 1.)
+        matched, found = matching_losses(self.patch(self.norm(cells)), self.say(names), target, self.patch_scale)
+        sums = torch.stack([self.words[self.tokenizer.encode(name)].sum(0) for name in names])
+        missed = (self.spell(cells).float() - sums[target]).square().mean(1) / sums.var(0).mean()
+        loss = ((matched + missed) * weight).sum() / weight.sum()
+        return LossAndCount(loss, torch.tensor(len(target)), {"cells_found": found})
+
+# %% ../../nbs/6_train/7_encoders.ipynb #25cca1f0
+def convnext_config() -> ConvNeXtConfig:
+    "128 pixels, cells of 4, 8 and 16 pixels: 0.4 million parameters."
+    return ConvNeXtConfig((1, 2, 2), (32, 64, 128), image_size=SIDE, layer_scale=None)
+
+
+class DetailBatches(PictureBatches):
+    "Endless batches of new pictures with the names of cells."
+    def __iter__(self) -> Iterator[Matching]:
+        first = 0
+        while True:
+            yield detail_batch(first, self.count, seed=self.seed)
+            first += self.count
+
+# %% ../../nbs/6_train/7_encoders.ipynb #d711eb4c
+def pretrain_convnext(folder: str | Path, steps: int = 800, seed: int = 0, **changes) -> ConvNeXt:
+    "Train the miniature convolution; `mllm part convnext` calls this."
+    torch.manual_seed(seed)
+    teacher = DetailTeacher(ConvNeXt(convnext_config()))
+    config = TrainingConfig(learning_rate=3e-3, max_steps=steps, optimizer="muon", schedule="linear",
+                            warmup_steps=min(50, steps // 10), betas=(.9, .98), weight_decay=.01, seed=seed,
+                            **{"save_every": 250} | changes)
+    train(teacher, DetailBatches(48, 13), config, folder, loss_function=lambda model, batch: model(batch))
+    return teacher.vit
+
+
+def rebuild_convnext(folder: Path, target: Path, steps: int | None) -> None:
+    "Train and write the convolution as a tower folder in fp16."
+    net = pretrain_convnext(folder, steps or 800)
+    settings = TowerConfig("convnext", net.config, MINIATURE_IMAGES, token_count=256)
+    Tower(settings, net).half().save_pretrained(target)
