@@ -603,7 +603,7 @@ def write_weights(folder: str | Path, tensors: Mapping[str, Tensor], shard_bytes
     (Path(folder) / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
     return {*weight_map.values(), "model.safetensors.index.json"}
 
-# %% ../nbs/3_connect/5_mllm.ipynb #5b3cd9db
+# %% ../nbs/3_connect/5_mllm.ipynb #e2793a3c
 def whole(tensor: Tensor, keep: bool = True) -> Tensor | None:
     "A tensor whose parts lie on many devices, put together on the CPU (all must ask; who does not `keep` gets None)."
     if not hasattr(tensor, "full_tensor"):
@@ -621,7 +621,7 @@ def refuse_adapters(model: nn.Module, what: str) -> None:
                            "whole ones; make them whole first (training.lora.merge_adapters), or write an adapter's "
                            "folder (save_adapter; on the command line: mllm merge)")
 
-
+# %% ../nbs/3_connect/5_mllm.ipynb #dd2f2d3f
 def save_pretrained(model: MLLM, folder: str | Path, tokenizer: Any = None, shard_bytes: float = 5e9,
                     writes: bool = True) -> None:
     """Write config.json and the weights (a tied head once), and the files of a tokenizer that can save itself.
