@@ -785,14 +785,16 @@ def with_hole(image: Image.Image) -> Image.Image:
     image.paste((0, 0, 0), (width // 4, height // 4, width - width // 4, height - height // 4))
     return image
 
-# %% ../../nbs/5_data/1_world.ipynb #2ca7575e
+# %% ../../nbs/5_data/1_world.ipynb #9e56937f
 ANNOTATIONS = ("segmentation", "depth", "edges", "colorization", "inpainting", "rotation")
 
 
-def annotate(picture: Objects, task: str) -> tuple[Image.Image, Image.Image]:
+def annotate(picture: Objects | Image.Image, task: str) -> tuple[Image.Image, Image.Image]:
     """Question and answer of a visual task as two images. Segmentation: one colour per kind of shape; depth: what is
-    large is near and bright; rotation: a quarter turn to the left. Raises ValueError for an unknown task."""
-    image, by_shape = picture.draw(), dict(zip(SHAPES, COLOURS.values()))
+    large is near and bright (both of scenes alone, not of any picture); rotation: a quarter turn to the left. Raises
+    ValueError for an unknown task."""
+    any_picture = isinstance(picture, Image.Image)
+    image, by_shape = picture if any_picture else picture.draw(), dict(zip(SHAPES, COLOURS.values()))
     near = {"small": (120,) * 3, "large": (250,) * 3}
     pairs = {"segmentation": lambda: (image, repaint(picture, lambda thing: by_shape[thing.shape])),
              "depth": lambda: (image, repaint(picture, lambda thing: near[thing.size])),
@@ -800,8 +802,8 @@ def annotate(picture: Objects, task: str) -> tuple[Image.Image, Image.Image]:
              "colorization": lambda: (image.convert("L").convert("RGB"), image),
              "inpainting": lambda: (with_hole(image), image),
              "rotation": lambda: (image, image.rotate(90, expand=True))}
-    if task not in pairs:
-        raise ValueError(f"task: found {task!r}, expected one of {ANNOTATIONS}")
+    if task not in (ANNOTATIONS[2:] if any_picture else ANNOTATIONS):
+        raise ValueError(f"task: found {task!r}, expected one of {ANNOTATIONS[2:] if any_picture else ANNOTATIONS}")
     return pairs[task]()
 
 # %% ../../nbs/5_data/1_world.ipynb #5cb3baf3
