@@ -1,5 +1,6 @@
 "LVM: sizes, the export that transformers opens, drawing picture words alone, the shipped pairs and the small model."
 import json
+import random
 
 import pytest
 import torch
@@ -8,12 +9,14 @@ from mllm_nb.data.world import ANNOTATIONS
 from mllm_nb.drawing.vqgan import load_vqgan
 from mllm_nb.language.decoder import Decoder
 from mllm_nb.language.generate import Sampling, generate
+from mllm_nb.papers import lvm
 from mllm_nb.papers.lvm import (
-    ARMS, FRAMES, NEXT, SIZES, SIZE_ARMS, WORDS, AnalogyBatches, analogies, draw, examine, export_lvm, films_of,
-    fingerprint, load_lvm, lvm_config, next_word_loss, pairs_of, parameters_of, power_law, rebuild_lvm,
+    ARMS, FRAMES, HELD_OUT_PHOTOS, NEXT, SIZES, SIZE_ARMS, WORDS, AnalogyBatches, analogies, digit_picture, digits_of, draw, examine, export_lvm, films_of,
+    fingerprint, load_lvm, lvm_config, next_word_loss, pairs_of, parameters_of, photo_crop, power_law, real_of,
+    real_sentences, rebuild_lvm,
     run_claims, show_claims, small_config, train_miniature, verdicts)
 from mllm_nb.drawing.visual_sentences import Shards
-from mllm_nb.samples import samples_path
+from mllm_nb.samples import digits, photo, samples_path
 
 COUNTS = {"100m": 116_974_720, "300m": 290_968_576, "600m": 648_396_288, "1b": 1_147_119_616, "3b": 3_274_742_400,
           "7b": 6_544_199_680, "13b": 12_773_094_400, "20b": 20_722_710_528, "30b": 32_213_342_720, "debug": 2_451_072}
@@ -68,6 +71,38 @@ def test_shipped_pairs_belong_to_the_shipped_tokenizer():
         pairs = pairs_of(split)
         assert set(pairs) == set(ANNOTATIONS) and all(words.shape[1:] == (2, WORDS) for words in pairs.values())
         assert max(words.max().item() for words in pairs.values()) < tokenizer.config.num_embeddings
+
+
+def test_held_out_photographs_and_digits_never_occur_in_training(monkeypatch):
+    seen = {"train": set(), "held_out": set()}
+    for split, names in seen.items():
+        monkeypatch.setattr(lvm, "whole_photo", lambda name, names=names: names.add(name) or photo(name).convert("RGB"))
+        for number in range(60):
+            photo_crop(random.Random(number), split)
+    assert seen["held_out"] == set(HELD_OUT_PHOTOS) and not seen["held_out"] & seen["train"] and len(seen["train"]) == 8
+    images, labels = digits()
+    (train, train_labels), (held, held_labels) = digits_of("train"), digits_of("held_out")
+    assert len(train) + len(held) == len(images) and set(held_labels.tolist()) == set(range(10))
+    twice = {image.tobytes() for image in train} & {image.tobytes() for image in held}
+    assert not twice and digit_picture(random.Random(0), "held_out", 3).size == (64, 64)
+
+
+def test_real_sentences_are_of_both_splits_and_all_kinds():
+    found = {split: real_of(split) for split in ("train", "held_out")}
+    kinds = {"photo edges", "photo colorization", "photo inpainting", "photo rotation", "digit edges", "digit inpainting",
+             "digit rotation", "same digit"}
+    assert all(set(blocks) == kinds for blocks in found.values())
+    for kind in kinds:
+        assert found["train"][kind].shape[1:] == (8 if kind == "same digit" else 2, WORDS)
+    drawn = list(real_sentences("held_out", 2))
+    again = list(real_sentences("held_out", 2))
+    assert all(a[1][0].tobytes() == b[1][0].tobytes() for a, b in zip(drawn, again)) and len(drawn) == 16
+
+
+def test_rare_tasks_come_half_as_often():
+    pairs = {name: torch.full((4, 2, WORDS), number) for number, name in enumerate(("a", "b", "c"))}
+    drawn = [task for (task, _), _ in zip(analogies(pairs, 2, 0, rare=("c",)), range(3000))]
+    assert abs(drawn.count("c") / 3000 - .2) < .03 and abs(drawn.count("a") / 3000 - .4) < .03
 
 
 def test_sentences_are_of_one_task():

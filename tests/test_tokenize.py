@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,8 @@ from PIL import Image
 from mllm_nb import command
 from mllm_nb.data import tokenize as subject
 from mllm_nb.data.tokenize import (
-    Encoder, Item, Manifest, Reading, check_shards, find_items, in_background, merge_shards, names_of, parse_part,
-    read_ahead, read_film, shard_of, tokenize, world_items)
+    Encoder, Item, Manifest, Reading, check_shards, counted, find_items, in_background, merge_shards, names_of, parse_part,
+    read_ahead, read_film, shard_of, tokenize, what_differs, without_path, world_items)
 from mllm_nb.drawing.visual_sentences import Shards
 from mllm_nb.drawing.vqgan import VQGAN, VQGANConfig, choose_precision, fingerprint, halved, load_vqgan, save_vqgan
 from mllm_nb.images import ImageError
@@ -204,7 +205,7 @@ def test_every_file_is_in_a_sentence_or_in_the_list(tmp_path, capsys, tokenizer)
     source = paint(tmp_path / "pictures", 30)
     assert run(source, "--tokenizer", tokenizer, "--out", tmp_path / "out", "--per-shard", 8) == 0
     text = capsys.readouterr().out
-    assert text.count("refused: ") == 3 and "00007.png" in text
+    assert text.count("refused: ") == 3 and text.count("00007.png") == 1 and str(source) not in text
     assert "4 shards, 27 sentences, 1728 tokens, 3 items refused" in text
     shards = Shards(tmp_path / "out")
     assert [shards[i].name for i in range(27)] == [f"{n:05d}.png" for n in range(30) if n % 10 != 7]
@@ -254,7 +255,7 @@ def test_folders_of_something_else_are_refused(tmp_path, capsys, tokenizer):
     before = contents(tmp_path / "out")
     save_vqgan(tiny(1), tmp_path / "other")
     assert run(source, "--tokenizer", tmp_path / "other", "--out", tmp_path / "out") == 2
-    assert "fingerprint: found 'vqgan-16-" in capsys.readouterr().err
+    assert "another tokenizer made them (fingerprint: found 'vqgan-16-" in capsys.readouterr().err
     paint(source / "more", 1)
     assert run(source, "--tokenizer", tokenizer, "--out", tmp_path / "out") == 2
     assert "items: found 5, expected 6" in capsys.readouterr().err
@@ -262,6 +263,26 @@ def test_folders_of_something_else_are_refused(tmp_path, capsys, tokenizer):
     assert run(source, "--tokenizer", tmp_path / "other", "--out", tmp_path / "out2") == 0
     assert run("--merge", tmp_path / "out", tmp_path / "out2", "--out", tmp_path / "both") == 2
     assert "made of something else" in capsys.readouterr().err
+
+
+def test_what_differs_is_said_in_words():
+    first = Manifest("vqgan-1", 5, "a" * 64, 16, 64)
+    assert what_differs(first, replace(first, names="b" * 64)) == ("other items (as many, 5, but of other names or in "
+                                                                   "another order)")
+    text = what_differs(first, replace(first, names="b" * 64, items=6, per_shard=3, side=32))
+    assert text == ("other items (items: found 5, expected 6); side: found 16, expected 32; "
+                    "per-shard: found 100, expected 3")
+
+
+@pytest.mark.parametrize("problem, name, reason", [
+    ("/a/b/c.png: is empty (0 bytes)", "b/c.png", "is empty (0 bytes)"), ("c.png: no file", "c.png", "no file"),
+    ("/a/xc.png: no file", "c.png", "/a/xc.png: no file"), ("/a/one.png: no file", "one.png + two.png", "/a/one.png: no file")])
+def test_a_refused_file_is_named_once(problem, name, reason):
+    assert without_path(problem, name) == reason
+
+
+def test_one_is_no_plural():
+    assert [counted(number, "shard") for number in (0, 1, 2)] == ["0 shards", "1 shard", "2 shards"]
 
 
 def test_the_fingerprint_sees_every_weight_and_what_changes_words():
@@ -336,7 +357,7 @@ def test_half_precision_on_request(tmp_path, capsys, tokenizer):
 def test_all_refused_is_no_crash(tmp_path, capsys, tokenizer):
     (tmp_path / "bad.png").write_bytes(b"not a picture")
     assert run(tmp_path / "bad.png", "--tokenizer", tokenizer, "--out", tmp_path / "out") == 0
-    assert "0 sentences, 0 tokens, 1 items refused" in capsys.readouterr().out
+    assert "0 sentences, 0 tokens, 1 item refused" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["", "1", "1/0", "3/2", "a/2", "-1/2", "1/2/3", "1.5/2"])
@@ -380,3 +401,13 @@ def test_nothing_is_left_of_a_run_that_fails(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space left"):
         tokenize(items, Encoder(model), tmp_path / "out", plan(items, model))
     assert os.listdir(tmp_path / "out") == ["manifest.json"]
+
+
+def test_manifests_of_the_wrong_kind_and_names_that_are_no_text(tmp_path):
+    facts = {"fingerprint": "f", "items": 1, "names": "n", "side": 8, "image_tokens": 4}
+    for change in ({"items": "x"}, {"items": -1}, {"side": None}, {"kind": 3}, {"precision": []}, None):
+        (tmp_path / "manifest.json").write_text("[" * 100_000 if change is None else json.dumps(facts | change))
+        with pytest.raises(ValueError, match="manifest.json: found no manifest"): subject.read_manifest(tmp_path)
+    (tmp_path / "manifest.json").write_text(json.dumps(facts | {"items": 10**12}))
+    with pytest.raises(ValueError, match="10000000000 of 10000000000 shards are missing"): subject.check_shards(tmp_path)   # at once
+    assert subject.names_of([subject.Item("caf\udce9.png", list)]) != subject.names_of([subject.Item("cafe.png", list)])

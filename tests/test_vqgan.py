@@ -5,7 +5,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mllm_nb.drawing.vqgan import (Quantizer, VQGAN, VQGANConfig, VQGANTeacher, interest, load_vqgan, nearest_codes,
+from mllm_nb.drawing.vqgan import (CodeCare, Quantizer, VQGAN, VQGANConfig, VQGANTeacher, cluster, colour_loss, interest,
+                                   load_vqgan, missed_by, nearest_codes,
                                    save_vqgan)
 from mllm_nb.evaluation.metrics import code_usage, perplexity, psnr, ssim
 from mllm_nb.training.miniatures import load_tower
@@ -117,12 +118,53 @@ def test_the_teachers_teach_and_the_critic_keeps_to_itself():
 
 def test_dead_codes_are_revived():
     teacher = VQGANTeacher(tiny().train(), load_tower("contrastive").vit, critic_from=10)
-    teacher.used.fill_(1 / 16)
-    teacher.used[3] = 0
+    teacher.care.used.fill_(1 / 16)
+    teacher.care.used[3] = 0
     before = teacher.model.quantize.embedding.weight.clone()
     assert teacher.revive(torch.rand(2, 3, 16, 16)) == 1
     changed = (teacher.model.quantize.embedding.weight != before).any(1).nonzero().flatten().tolist()
     assert changed == [3]
+
+
+def test_clusters_find_what_is_there():
+    torch.manual_seed(0)
+    truth = 10 * torch.randn(6, 3)
+    vectors = truth.repeat(50, 1) + .01 * torch.randn(300, 3)
+    found = cluster(vectors, 6)
+    assert torch.cdist(truth, found).amin(1).max() < .1      # every group has its centre, though most were drawn unluckily
+    assert cluster(vectors[:4], 6).shape == (6, 3)           # fewer vectors than codes
+
+
+def test_far_vectors_are_taken_first():
+    torch.manual_seed(0)
+    care, codebook = CodeCare(4), torch.zeros(4, 2)
+    care.used[:3] = 1
+    vectors = torch.cat([torch.zeros(63, 2), torch.full((1, 2), 9.0)])
+    assert care.revive(codebook, vectors, far=True) == 1 and (codebook[3] - 9).abs().max() < .1
+    assert (codebook[:3] == 0).all() and care.used[3] == 1 / 4
+
+
+def test_the_codebook_begins_with_clusters_of_the_last_batches():
+    torch.manual_seed(0)
+    teacher = VQGANTeacher(tiny().train(), load_tower("contrastive").vit, critic_from=9, plain_until=2, clusters=True)
+    pixels = torch.rand(2, 3, 16, 16)
+    before = teacher.model.quantize.embedding.weight.clone()
+    for _ in range(2):
+        teacher(pixels)
+    assert torch.equal(before, teacher.model.quantize.embedding.weight) and len(teacher.care.recent) == 2
+    vectors = torch.cat(tuple(teacher.care.recent))
+    teacher(pixels)
+    after = teacher.model.quantize.embedding.weight
+    assert not torch.equal(before, after) and missed_by(after, vectors).mean() < vectors.var(0).sum() / 2
+
+
+def test_colour_counts_more_than_brightness():
+    grey, weight = torch.full((1, 3, 8, 8), .5), torch.ones(1, 1, 8, 8)
+    brighter, redder = grey + .1, grey + torch.tensor([.2, -.05, .15])[None, :, None, None]
+    assert abs(colour_loss(brighter, grey, weight).item() - .1) < 1e-6
+    assert colour_loss(redder, grey, weight) > 2 * colour_loss(brighter, grey, weight)
+    noise = torch.tensor([.1, -.1]).repeat(8, 4)[None, None]
+    assert colour_loss(grey + noise, grey, weight) < 1e-6     # what a block has in the mean counts, no detail
 
 
 def test_interest_has_mean_one_and_prefers_things():

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['Pixels', 'PICTURES', 'FILMS', 'Item', 'fitted', 'read_pictures', 'film_reader', 'read_film', 'Reading', 'file_item',
-           'folder_items', 'list_items', 'world_items', 'find_items', 'opened', 'read_ahead', 'in_background',
-           'Encoder', 'shard_of', 'Manifest', 'names_of', 'read_manifest', 'write_manifest', 'shard_path', 'is_whole',
-           'tokenize', 'Count', 'check_shards', 'merge_shards', 'parse_part', 'load_encoder', 'run_tokenize', 'report']
+           'folder_items', 'list_items', 'world_items', 'find_items', 'without_path', 'opened', 'read_ahead',
+           'in_background', 'Encoder', 'shard_of', 'Manifest', 'names_of', 'read_manifest', 'what_differs',
+           'write_manifest', 'shard_path', 'is_whole', 'tokenize', 'Count', 'check_shards', 'merge_shards',
+           'parse_part', 'load_encoder', 'run_tokenize', 'counted', 'report']
 
 # %% ../../nbs/5_data/6_tokenize.ipynb #f937e252
 import hashlib
@@ -31,6 +32,7 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 
 from .world import FAMILIES, Words, make_picture
+from ..device import check_settings
 from ..drawing.visual_sentences import (
     MANIFEST, Sentence, Shards, bytes_of, frame_numbers, read_index, write_shard)
 from ..drawing.vqgan import VQGAN, choose_precision, fingerprint, halved, load_vqgan
@@ -188,7 +190,13 @@ def find_items(source: str | Path, how: Reading) -> list[Item]:
         raise ValueError(f"{path}: found no picture and no film, expected at least one")
     return items
 
-# %% ../../nbs/5_data/6_tokenize.ipynb #8008558b
+# %% ../../nbs/5_data/6_tokenize.ipynb #e62d0064
+def without_path(problem: str, name: str) -> str:
+    "What is wrong with an item, without the path in front that ends in the item's own name."
+    path, found, reason = problem.partition(f"{name}: ")
+    return reason if found and (not path or path.endswith(("/", "\\"))) else problem
+
+
 def opened(item: Item) -> list[tuple[str, list[Pixels]]] | Iterator:
     "A picture is read here, in its thread; a film is only prepared, for it would fill the memory."
     found = item.read()
@@ -210,7 +218,7 @@ def read_ahead(items: Iterable[Item], readers: int) -> Iterator[tuple[int, str |
                 for name, pictures in future.result():
                     yield number, None, name, pictures
             except (ValueError, OSError) as error:
-                yield number, str(error), item.name, []
+                yield number, without_path(str(error), item.name), item.name, []
 
 # %% ../../nbs/5_data/6_tokenize.ipynb #ac68ec90
 def in_background(stream: Iterable, ahead: int) -> Iterator:
@@ -293,6 +301,7 @@ class Manifest:
     precision: str = "float32"
 
     def __post_init__(self):
+        check_settings(self, natural=("items", "image_tokens"))
         for name in ("side", "frames", "stride", "per_shard", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name.replace('_', '-')}: found {getattr(self, name)}, expected at least 1")
@@ -302,10 +311,11 @@ class Manifest:
         "How many shards there are when all is done."
         return -(-self.items // self.per_shard)
 
-# %% ../../nbs/5_data/6_tokenize.ipynb #c650c2d5
+# %% ../../nbs/5_data/6_tokenize.ipynb #4371cab2
 def names_of(items: Sequence[Item]) -> str:
     "A checksum of all names in their order."
-    return hashlib.sha256("\n".join(item.name for item in items).encode()).hexdigest()
+    names = "\n".join(item.name for item in items)
+    return hashlib.sha256(names.encode("utf-8", "surrogatepass")).hexdigest()       # a file's name need not be text
 
 
 def read_manifest(folder: str | Path) -> Manifest | None:
@@ -315,20 +325,32 @@ def read_manifest(folder: str | Path) -> Manifest | None:
         return None
     try:
         return Manifest(**json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: found no manifest of `mllm tokenize` ({error})") from None
 
-# %% ../../nbs/5_data/6_tokenize.ipynb #37c9a331
+# %% ../../nbs/5_data/6_tokenize.ipynb #6933bee8
+def what_differs(there: Manifest, wanted: Manifest) -> str:
+    "In words: which settings, tokenizer or items of two manifests are not the same."
+    found, expected = asdict(there), asdict(wanted)
+    parts = []
+    for name in (name for name in expected if found[name] != expected[name]):
+        figures = f"{name.replace('_', '-')}: found {found[name]!r}, expected {expected[name]!r}"
+        if name == "names":            # a checksum says nothing to a reader
+            if there.items == wanted.items:
+                parts.append(f"other items (as many, {wanted.items}, but of other names or in another order)")
+        else:
+            said = {"fingerprint": "another tokenizer made them", "items": "other items"}.get(name)
+            parts.append(f"{said} ({figures})" if said else figures)
+    return "; ".join(parts)
+
+# %% ../../nbs/5_data/6_tokenize.ipynb #017dbdc4
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     "Write the manifest, or check that the one there says the same. Raises ValueError that names what differs."
     folder.mkdir(parents=True, exist_ok=True)
     there = read_manifest(folder)
     if there is not None and there != manifest:
-        found, wanted = asdict(there), asdict(manifest)
-        differing = "; ".join(f"{name}: found {found[name]!r}, expected {wanted[name]!r}" for name in wanted
-                              if found[name] != wanted[name])
-        raise ValueError(f"{folder / MANIFEST}: these shards were made of something else ({differing}); "
-                         "choose another folder")
+        raise ValueError(f"{folder / MANIFEST}: these shards were made of something else: "
+                         f"{what_differs(there, manifest)}; choose another folder")
     if there is None:
         partial_file = folder / f".{MANIFEST}.{os.getpid()}"
         partial_file.write_text(json.dumps(asdict(manifest), indent=1) + "\n")
@@ -388,7 +410,14 @@ def _by_shard(stream: Iterator, counts: Sequence[int]) -> Iterator[Iterator[tupl
                 ahead = next(stream, None)
         yield part()
 
-# %% ../../nbs/5_data/6_tokenize.ipynb #6b9e4b25
+# %% ../../nbs/5_data/6_tokenize.ipynb #443bd6a3
+def whole_shards(folder: Path, manifest: Manifest) -> list[int]:
+    "The numbers of the finished shards that are there, whatever a manifest claims."
+    found = (path.stem.removeprefix("shard-") for path in folder.glob("shard-*.json"))
+    numbers = sorted(int(name) for name in found if name.isdecimal())
+    return [number for number in numbers if number < manifest.shards and is_whole(folder, number)]
+
+# %% ../../nbs/5_data/6_tokenize.ipynb #dfea887d
 class Count(NamedTuple):
     "What a finished folder holds; `refused`: a line for each item that could not be read."
     shards: int
@@ -403,9 +432,10 @@ def check_shards(folder: str | Path) -> Count:
     manifest = read_manifest(folder)
     if manifest is None:
         raise ValueError(f"{folder}: found no {MANIFEST}, expected a folder that `mllm tokenize` wrote")
-    missing = [number for number in range(manifest.shards) if not is_whole(folder, number)]
-    if missing:
-        raise ValueError(f"{folder}: {len(missing)} of {manifest.shards} shards are missing: {missing[:8]}")
+    whole = set(whole_shards(folder, manifest))
+    if len(whole) < manifest.shards:
+        first = list(islice((number for number in range(manifest.shards) if number not in whole), 8))
+        raise ValueError(f"{folder}: {manifest.shards - len(whole)} of {manifest.shards} shards are missing: {first}")
     shards = Shards(folder)
     if shards.fingerprint != manifest.fingerprint or len(shards.paths) != manifest.shards:
         raise ValueError(f"{folder}: found {len(shards.paths)} shards of {shards.fingerprint}, expected "
@@ -413,7 +443,7 @@ def check_shards(folder: str | Path) -> Count:
     notes = tuple(note for index in shards.indexes for note in index["notes"])
     return Count(manifest.shards, len(shards), sum(len(data) for data in shards.data), notes)
 
-# %% ../../nbs/5_data/6_tokenize.ipynb #71674d2f
+# %% ../../nbs/5_data/6_tokenize.ipynb #71b89032
 def merge_shards(folders: Sequence[str | Path], target: str | Path) -> Count:
     """Copy the shards of several folders into one and check the whole. Raises ValueError for folders made of different
     things, and for a shard that two of them have with different bytes."""
@@ -422,9 +452,8 @@ def merge_shards(folders: Sequence[str | Path], target: str | Path) -> Count:
         if manifest is None:
             raise ValueError(f"{folder}: found no {MANIFEST}, expected a folder that `mllm tokenize` wrote")
         write_manifest(target, manifest)                 # refuses what differs from the first
-        for number in range(manifest.shards):
-            if is_whole(Path(folder), number):
-                _copy_shard(shard_path(Path(folder), number), shard_path(target, number))
+        for number in whole_shards(Path(folder), manifest):
+            _copy_shard(shard_path(Path(folder), number), shard_path(target, number))
     return check_shards(target)
 
 
@@ -458,7 +487,7 @@ def load_encoder(model: VQGAN, precision: str, there: Manifest | None, batch: in
         precision = there.precision if there else str(choose_precision(model)[0].dtype).removeprefix("torch.")
     return Encoder(model if precision == "float32" else halved(model, getattr(torch, precision)), batch, precision)
 
-# %% ../../nbs/5_data/6_tokenize.ipynb #f9ad1bc7
+# %% ../../nbs/5_data/6_tokenize.ipynb #9052dd26
 def run_tokenize(arguments: Any) -> int:
     "The work of `mllm tokenize`."
     from tqdm import tqdm
@@ -474,16 +503,21 @@ def run_tokenize(arguments: Any) -> int:
     part = parse_part(arguments.shard)
     with tqdm(total=-(-len(items) // part[1]), unit="item", disable=None, mininterval=1) as bar:
         made = tokenize(items, encode, arguments.out, manifest, part, progress=bar.update)
-    print(f"{made} shards made now")
+    print(f"{counted(made, 'shard')} made now")
     if part[1] > 1 and not all(is_whole(Path(arguments.out), number) for number in range(manifest.shards)):
         return 0        # the other workers are not done
     return report(check_shards(arguments.out), arguments.out)
 
-# %% ../../nbs/5_data/6_tokenize.ipynb #4325a95c
+# %% ../../nbs/5_data/6_tokenize.ipynb #3f5946f7
+def counted(number: int, noun: str) -> str:
+    "1 shard, 2 shards."
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def report(count: Count, folder: str | Path) -> int:
     "Print what is there, every refused item with it."
     for line in count.refused:
         print(f"refused: {line}")
-    print(f"{folder}: {count.shards} shards, {count.sentences} sentences, {count.tokens} tokens, "
-          f"{len(count.refused)} items refused; all checksums fit")
+    print(f"{folder}: {counted(count.shards, 'shard')}, {counted(count.sentences, 'sentence')}, "
+          f"{counted(count.tokens, 'token')}, {counted(len(count.refused), 'item')} refused; all checksums fit")
     return 0

@@ -6,13 +6,15 @@
 __all__ = ['nearest_codes', 'Quantised', 'Quantizer', 'VQGANConfig', 'normalise', 'activate', 'ResidualBlock', 'AttentionBlock',
            'Resample', 'Level', 'Middle', 'VQEncoder', 'VQDecoder', 'pictures_at_once', 'VQGAN', 'save_vqgan',
            'load_vqgan', 'fingerprint', 'halved', 'Precision', 'choose_precision', 'sample_pictures', 'Critic',
-           'interest', 'hinge', 'perceived', 'perceptual_loss', 'Judged', 'slope', 'VQGANTeacher']
+           'interest', 'colour_loss', 'hinge', 'perceived', 'perceptual_loss', 'Judged', 'slope', 'missed_by',
+           'in_rows', 'cluster', 'CodeCare', 'VQGANTeacher']
 
-# %% ../../nbs/4_draw/1_vqgan.ipynb #d64198c6
+# %% ../../nbs/4_draw/1_vqgan.ipynb #598bea32
 import copy
 import hashlib
 import json
 import time
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -25,7 +27,7 @@ from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..device import cpu_multiplies_bf16
+from ..device import check_settings, cpu_multiplies_bf16, naming
 from ..samples import photo, samples_path
 
 # %% ../../nbs/4_draw/1_vqgan.ipynb #ded3b76e
@@ -83,6 +85,11 @@ class VQGANConfig:
     legacy_beta: bool = False           # the released weight on the wrong term of the loss
     single_attention: bool = True       # False: a level with one attention block skips it, as the released code does
     norm_groups: int = 32
+
+    def __post_init__(self):
+        check_settings(self, ("resolution", "num_channels", "hidden_channels", "channel_mult", "num_res_blocks",
+                              "z_channels", "num_embeddings", "quantized_embed_dim", "norm_groups"),
+                       ("attn_resolutions", "dropout", "commitment_cost"))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "VQGANConfig":
@@ -298,7 +305,7 @@ class VQGAN(nn.Module):
         found = self.quantize(self.latents(pixels))
         return self.paint(found.vectors), found
 
-# %% ../../nbs/4_draw/1_vqgan.ipynb #92fd2d1b
+# %% ../../nbs/4_draw/1_vqgan.ipynb #30347eab
 def save_vqgan(model: VQGAN, folder: str | Path, dtype: torch.dtype | None = None) -> None:
     "config.json and model.safetensors; `dtype` None keeps the weights' own."
     folder = Path(folder)
@@ -312,16 +319,19 @@ def load_vqgan(folder: str | Path | None = None, released: bool = False) -> VQGA
     """The tokenizer of a folder (None: the shipped miniature), in fp32 and eval mode. `released`: the settings that
     the weights of LVM's tokenizer were made with. Raises ValueError that lists keys that do not fit."""
     folder = samples_path("mini", "vqgan") if folder is None else Path(folder)
-    config = VQGANConfig.from_dict(json.loads((folder / "config.json").read_text()))
-    if released:
-        config = replace(config, legacy_beta=True, single_attention=False)
-    model = VQGAN(config)
-    state, expected = load_file(folder / "model.safetensors"), model.state_dict()
+    with naming(folder / "config.json"):
+        config = VQGANConfig.from_dict(json.loads((folder / "config.json").read_text()))
+        if released:
+            config = replace(config, legacy_beta=True, single_attention=False)
+        with torch.device("meta"):   # no memory for what a foolish file says
+            model = VQGAN(config)
+    with naming(folder / "model.safetensors"):
+        state, expected = load_file(folder / "model.safetensors"), model.state_dict()
     odd = sorted(name for name in state.keys() | expected.keys()
                  if name not in state or name not in expected or state[name].shape != expected[name].shape)
     if odd:
         raise ValueError(f"{folder}/model.safetensors: {len(odd)} weights do not fit config.json: {odd[:6]}")
-    model.load_state_dict({name: value.float() for name, value in state.items()})
+    model.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
     return model.eval()
 
 # %% ../../nbs/4_draw/1_vqgan.ipynb #538bac2a
@@ -381,7 +391,7 @@ def sample_pictures(side: int) -> Float[Tensor, "4 3 side side"]:
     raw = b"".join(photo(name).convert("RGB").resize((side, side)).tobytes() for name in names)
     return torch.frombuffer(bytearray(raw), dtype=torch.uint8).reshape(4, side, side, 3).movedim(-1, 1) / 255
 
-# %% ../../nbs/4_draw/1_vqgan.ipynb #20e12392
+# %% ../../nbs/4_draw/1_vqgan.ipynb #85d00579
 class Critic(nn.Module):
     "Real or painted, one score for each patch (PatchGAN, Isola 2017), in miniature."
     def __init__(self, width: int = 32):
@@ -401,6 +411,14 @@ def interest(pixels: Float[Tensor, "pictures 3 height width"], more: float = 6.0
     paper = pixels.flatten(2).median(dim=2).values[:, :, None, None]
     weight = 1 + more * ((pixels - paper).abs().amax(dim=1, keepdim=True) > .06).float()
     return weight / weight.mean(dim=(2, 3), keepdim=True)
+
+# %% ../../nbs/4_draw/1_vqgan.ipynb #92f6bcf1
+def colour_loss(painted: Tensor, real: Tensor, weight: Float[Tensor, "pictures 1 height width"], block: int = 4
+                ) -> Float[Tensor, ""]:
+    "Absolute difference of the mean colours of small blocks; what is left without brightness counts twice more."
+    missed = F.avg_pool2d(painted - real, block)
+    tint = missed - missed.mean(dim=1, keepdim=True)
+    return ((F.avg_pool2d(weight, block) + 1) / 2 * (missed.abs() + 2 * tint.abs())).mean()
 
 
 def hinge(real: Tensor, painted: Tensor) -> Float[Tensor, ""]:
@@ -439,39 +457,105 @@ def slope(loss: Float[Tensor, ""], weight: nn.Parameter) -> Float[Tensor, ""]:
     "The length of a loss's gradient at one weight."
     return torch.autograd.grad(loss, weight, retain_graph=True)[0].float().norm()
 
-# %% ../../nbs/4_draw/1_vqgan.ipynb #750def2b
+# %% ../../nbs/4_draw/1_vqgan.ipynb #80a41795
+def missed_by(codebook: Float[Tensor, "codes width"], vectors: Float[Tensor, "places width"]
+              ) -> Float[Tensor, "places"]:
+    "Squared distance of each vector to its nearest code; a little more, so that it can be drawn from."
+    return (vectors - codebook[nearest_codes(vectors, codebook)]).square().sum(1) + 1e-9
+
+
+def in_rows(latents: Float[Tensor, "pictures width rows columns"]) -> Float[Tensor, "places width"]:
+    "The vectors of all places, without a way back."
+    return rearrange(latents.detach(), "pictures width rows columns -> (pictures rows columns) width")
+
+# %% ../../nbs/4_draw/1_vqgan.ipynb #6c64b0dd
+def cluster(vectors: Float[Tensor, "places width"], count: int, rounds: int = 10) -> Float[Tensor, "count width"]:
+    "k-means: centres begin far apart (k-means++), then move to the mean of what is nearest to them."
+    centres = vectors[torch.randint(len(vectors), (1,))]
+    distance = (vectors - centres).square().sum(1)
+    for _ in range(count - 1):
+        new = vectors[torch.multinomial(distance + 1e-9, 1)]
+        centres, distance = torch.cat([centres, new]), distance.minimum((vectors - new).square().sum(1))
+    for _ in range(rounds):
+        codes = nearest_codes(vectors, centres)
+        sizes = torch.bincount(codes, minlength=count)[:, None]
+        sums = torch.zeros_like(centres).index_add_(0, codes, vectors)
+        centres = torch.where(sizes > 0, sums / sizes.clamp(min=1), centres)
+    return centres
+
+# %% ../../nbs/4_draw/1_vqgan.ipynb #658c4432
+class CodeCare(nn.Module):
+    "How often every code is used; which are moved, and where to. `clusters`: does the codebook begin with clusters?"
+    def __init__(self, codes: int, clusters: bool = False):
+        super().__init__()
+        self.register_buffer("used", torch.zeros(codes))
+        self.recent: deque[Tensor] = deque(maxlen=8 * clusters)    # the last batches' vectors
+
+    @torch.no_grad()
+    def count(self, codes: Int[Tensor, "pictures places"]) -> None:
+        "A running share of how often each code is used."
+        self.used.lerp_(torch.bincount(codes.flatten(), minlength=len(self.used)).float() / codes.numel(), .02)
+
+    @torch.no_grad()
+    def begin(self, codebook: Float[Tensor, "codes width"], vectors: Float[Tensor, "places width"]) -> None:
+        "The first codes: some of these vectors, or clusters of those of the last batches."
+        self.revive(codebook, vectors, least=float("inf"))
+        if self.recent:
+            codebook.copy_(cluster(torch.cat(tuple(self.recent)), len(codebook)))
+
+    @torch.no_grad()
+    def revive(self, codebook: Float[Tensor, "codes width"], vectors: Float[Tensor, "places width"],
+               least: float = .05, far: bool = False) -> int:
+        """Move every code that is used less than `least` of the fair share onto one of these vectors; how many?
+        `far`: the further a vector is from all codes, the likelier it is taken."""
+        dead = (self.used < least / len(self.used)).nonzero().flatten()
+        chosen = vectors[torch.randint(len(vectors), (len(dead),))]
+        if far and len(dead):
+            chosen = vectors[torch.multinomial(missed_by(codebook, vectors), len(dead))]
+        codebook[dead] = chosen + .01 * torch.randn_like(chosen)
+        self.used[dead] = 1 / len(self.used)
+        return len(dead)
+
+# %% ../../nbs/4_draw/1_vqgan.ipynb #8823d6ed
 class VQGANTeacher(nn.Module):
-    """The tokenizer with its four teachers. `plain_until`: updates without a codebook; `critic_from`: those before the
-    critic speaks, louder over `critic_ramp` more. `eyes`: a frozen encoder with `embed` and `layers`."""
+    """The tokenizer with its teachers. Updates: `plain_until` without a codebook, which begins after them (0: it is the
+    model's own); `critic_from` before the critic speaks, louder over `critic_ramp` more. `colour`: weight of
+    `colour_loss`. `eyes`: a frozen encoder with `embed` and `layers`."""
     def __init__(self, model: VQGAN, eyes: nn.Module, critic_from: int, critic_ramp: int = 200,
-                 critic_share: float = .05,
-                 plain_until: int = 0):
+                 critic_share: float = .05, plain_until: int = 0, colour: float = 0.0, clusters: bool = False):
         super().__init__()
         self.model, self.eyes, self.critic = model, eyes.requires_grad_(False), Critic()
         self.critic_from, self.critic_ramp, self.critic_share = critic_from, critic_ramp, critic_share
-        self.plain_until = plain_until   # updates
+        self.plain_until, self.colour = plain_until, colour
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))
-        self.register_buffer("used", torch.zeros(model.config.num_embeddings))
+        self.care = CodeCare(model.config.num_embeddings, clusters)
 
     def forward(self, pixels: Float[Tensor, "pictures 3 height width"]) -> Judged:
         if self.training:
             self.updates += 1
-        latents = self.model.latents(pixels).float()
-        if self.training and self.updates == self.plain_until + 1:
-            self.revive(pixels, least=float("inf"))              # all of them: the codebook begins here
-        found = self.model.quantize(latents)
-        if self.training and self.updates <= self.plain_until:
-            found = Quantised(latents, found.codes, latents.square().mean() * 1e-3)
+        found = self.quantised(self.model.latents(pixels).float())
         painted = self.model.paint(found.vectors).float()
         weight = interest(pixels)
         error, seen = (weight * (painted - pixels).abs()).mean(), perceptual_loss(self.eyes, painted, pixels)
         loss = error + .5 * seen + found.loss
+        loss = loss + self.colour * colour_loss(painted, pixels, weight) if self.colour else loss
         loudness = min(1.0, max(0.0, (int(self.updates) - self.critic_from) / self.critic_ramp))
         if loudness and self.training:
             loss = loss + self.criticised(pixels, painted, error + .5 * seen, loudness)
-        self.count(found.codes)
-        figures = {"error": error.item(), "seen": seen.item(), "in_batch": len(found.codes.unique()) / len(self.used)}
+        self.care.count(found.codes)
+        figures = {"error": error.item(), "seen": seen.item(),
+                   "in_batch": len(found.codes.unique()) / self.model.config.num_embeddings}
         return Judged(loss, torch.tensor(found.codes.numel()), figures)
+
+    def quantised(self, latents: Float[Tensor, "pictures width rows columns"]) -> Quantised:
+        "By the codebook; in the first updates of training the vectors themselves, and after those the first codebook."
+        vectors, plain = in_rows(latents), self.training and self.updates <= self.plain_until
+        if self.training and self.plain_until and self.updates == self.plain_until + 1:
+            self.care.begin(self.model.quantize.embedding.weight, vectors)
+        found = self.model.quantize(latents)
+        if plain:
+            self.care.recent.append(vectors)
+        return Quantised(latents, found.codes, latents.square().mean() * 1e-3) if plain else found
 
     def criticised(self, pixels: Tensor, painted: Tensor, rest: Float[Tensor, ""], loudness: float) -> Float[Tensor,
                                                                                                              ""]:
@@ -484,18 +568,7 @@ class VQGANTeacher(nn.Module):
         return own + loudness * self.critic_share * ratio * verdict
 
     @torch.no_grad()
-    def count(self, codes: Int[Tensor, "pictures places"]) -> None:
-        "A running share of how often each code is used."
-        now = torch.bincount(codes.flatten(), minlength=len(self.used)).float() / codes.numel()
-        self.used.lerp_(now, .02)
-
-    @torch.no_grad()
-    def revive(self, pixels: Float[Tensor, "pictures 3 height width"], least: float = .05) -> int:
-        "Move every code that is used less than `least` of the fair share onto a vector of these pictures; how many?"
-        dead = (self.used < least / len(self.used)).nonzero().flatten()
-        pattern = "pictures width rows columns -> (pictures rows columns) width"
-        vectors = rearrange(self.model.latents(pixels).float(), pattern)
-        chosen = vectors[torch.randint(len(vectors), (len(dead),))]
-        self.model.quantize.embedding.weight[dead] = chosen + .01 * torch.randn_like(chosen)
-        self.used[dead] = 1 / len(self.used)
-        return len(dead)
+    def revive(self, pixels: Float[Tensor, "pictures 3 height width"], least: float = .05, far: bool = False) -> int:
+        "Move codes that are hardly used onto vectors of these pictures; how many?"
+        vectors = in_rows(self.model.latents(pixels).float())
+        return self.care.revive(self.model.quantize.embedding.weight, vectors, least, far)
