@@ -310,3 +310,12 @@ def test_where_to_stop():
     assert stop_ids("chatml_direct", tokenizer_of("sp_chatml_legacy")) == [2, 641]
     assert stop_ids("chatml_direct", tokenizer_of("sp_legacy")) == [2]
     assert stop_ids("llava_v0", byte_tokenizer(False)) == [2]
+
+
+def test_marks_that_a_tokenizer_does_not_know_are_listed():
+    class Words:                                                 # every unknown word is number 1
+        unk_token_id = 1
+        def __call__(self, text, **how): return {"input_ids": [2 if text == "<|user|>" else 1]}
+    assert check_template("miniature", Words()) == ["<|assistant|>", "</s>"]
+    Words.unk_token_id = None
+    assert check_template("miniature", Words()) == ["<|assistant|>", "</s>"]

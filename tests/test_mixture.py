@@ -154,10 +154,22 @@ def test_wrong_settings_are_named(change, said_):
 def test_mixture_files(tmp_path):
     path = tmp_path / "m.json"
     for text, said_ in (("{", "expected a mixture as JSON"), ("[]", "list of sources"), ('{"sources": [{"name": "a", "file": "x"}]}', "source 0: no category"),
-                        ('{"sources": [], "seeds": 1}', "unknown seeds"), ('{"sources": [3]}', "expected an object")):
+                        ('{"sources": [], "seeds": 1}', "unknown seeds"), ('{"sources": [3]}', "expected an object"),
+                        ('{"sources": [{"name": "a", "file": 3, "category": "ocr"}]}', "file: found 3, expected a text"),
+                        ('{"sources": [{"name": "a\\nb", "file": "x", "category": "ocr"}]}', "expected a line of text"),
+                        ('{"sources": [{"name": "a", "file": "x", "category": "ocr"}], "ratios": [1]}', "expected a weight for each category"),
+                        ('{"sources": [{"name": "a", "file": "x", "category": "ocr"}], "seed": "x"}', "seed: found 'x', expected a whole number"),
+                        ("[" * 100_000, "expected a mixture as JSON")):
         path.write_text(text)
         with pytest.raises(MixtureError, match=said_): read_mixture(path)
     with pytest.raises(MixtureError, match="no such file"): read_mixture(tmp_path / "none.json")
+
+
+def test_a_mixture_of_nothing_usable_is_reported(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"id": 1}\n')
+    mixture = Mixture((Source("a", "a.jsonl", "ocr"),), folder=str(tmp_path))
+    plan = make_plan(mixture, survey(mixture))
+    assert len(plan) == 0 and "| a " in report_table(plan) and write_report(plan, tmp_path / "out").is_file()
 
 
 def test_all_missing_files_are_named_at_once(tmp_path):

@@ -477,3 +477,19 @@ def test_scales_that_cannot_be_are_named(tmp_path, scales, reason):
     folder = write(tmp_path / "m", make_text("llama"), s2=True, s2_scales=scales)
     with pytest.raises(WeightsError, match=f"s2_scales.*{reason}"):
         load_llava(folder)
+
+
+def test_who_stops_listening_stops_the_speaker():
+    import threading
+    from types import SimpleNamespace
+    from mllm_nb.papers.llava import answer_pieces
+    said = []
+    def speak(*_, streamer, max_new_tokens, **__):
+        for token in range(max_new_tokens): said.append(token); streamer(0, token); threading.Event().wait(.01)
+    tokenizer = SimpleNamespace(decode=lambda ids: "x" * len(ids), eos_token_id=None, encode=lambda text, **_: [0])
+    batch = SimpleNamespace(input_ids=None, pixels=(), image_index=None, segments=None)
+    pieces = answer_pieces(SimpleNamespace(generate=speak), SimpleNamespace(template="plain", tokenizer=tokenizer), batch, None, 1000)
+    next(pieces)
+    before = threading.active_count()
+    pieces.close()
+    assert len(said) < 100 and threading.active_count() < before

@@ -1,5 +1,6 @@
 "Visual sentences: layouts, records, packing, shards that survive a kill, and the small LVM's parts."
 import base64
+import json
 import subprocess
 import sys
 
@@ -127,3 +128,14 @@ def test_shards_of_two_tokenizers_are_refused(tmp_path):
         Shards(tmp_path / "nothing")
     with pytest.raises(ValueError, match="expected 0 to 65535"):
         write_shard(tmp_path / "x", [Sentence(np.array([70000]), "paired", 1)], "a")
+
+
+@pytest.mark.parametrize("change", [{"fingerprint": None}, {"sha256": 3}, {"notes": None}, {"sentences": 3}, {"sentences": ["x"]},
+                                    {"sentences": [{"kind": "a", "tokens": -1, "image_tokens": 4, "name": "b"}]}])
+def test_an_index_of_the_wrong_kind_names_file_and_field(change, tmp_path):
+    write_shard(tmp_path / "a", [Sentence(np.arange(4), "x", 4, "n")], "vqgan-1")
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ValueError, match=f"{file}: found no index of a shard"): Shards(tmp_path)
+    file.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=f"{file}: found no index of a shard"): Shards(tmp_path)

@@ -278,7 +278,7 @@ class Processor:
 def check_marks(tokenizer: Any, template: str | Template) -> None:
     "ValueError if the tokenizer cuts a mark of the template, such as <|im_end|>, into several tokens."
     cut = [] if tokenizer is None else check_template(template, tokenizer)
-    expect(not cut, f"tokenizer: found {', '.join(cut)} cut into several tokens, expected one token for each: the "
+    expect(not cut, f"tokenizer: found no token of its own for {', '.join(cut)}, expected one for each: the "
            "template marks turns with them; add them to the tokenizer, or choose another template")
 
 

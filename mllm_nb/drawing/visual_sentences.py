@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from ..device import in_words, of_kind
+
 # %% ../../nbs/4_draw/2_visual_sentences.ipynb #33cca288
 def arranged(block: np.ndarray, axes: str, order: str) -> list:
     """The entries of a block in the order in which its axes are walked: the last named axis runs fastest.
@@ -92,7 +94,7 @@ def greyed(picture: Float[np.ndarray, "height width 3"]) -> Float[np.ndarray, "h
 # %% ../../nbs/4_draw/2_visual_sentences.ipynb #c76ef1f8
 def write_record(tokens: Iterable[int]) -> str:
     "The published line of one sentence."
-    raw = np.asarray(list(tokens), "<i4").tobytes()
+    raw = np.asarray(tokens if isinstance(tokens, np.ndarray) else list(tokens), "<i4").tobytes()
     return json.dumps({"tokens": base64.b64encode(raw).decode()})
 
 
@@ -142,12 +144,13 @@ def pack_records(lines: Sequence[str], fields: str, rows: int, length: int) -> I
     tokens, weights, total, chunk = [], [], 0, rows * length
     for number, offset, record in _endless(lines):
         more, loss = record_tokens(record, fields)
-        tokens, weights = tokens + more, weights + loss
+        tokens += more
+        weights += loss
         while len(tokens) > chunk + 1:
             total += chunk
-            shape, shifted = (rows, length), slice(1, chunk + 1)
-            yield Packed(np.reshape(tokens[:chunk], shape), np.reshape(tokens[shifted], shape),
-                         np.reshape(weights[shifted], shape), total, number, offset)
+            words, shape = np.array(tokens[:chunk + 1]), (rows, length)
+            yield Packed(words[:-1].reshape(shape), words[1:].reshape(shape),
+                         np.reshape(weights[1:chunk + 1], shape), total, number, offset)
             tokens, weights = tokens[chunk:], weights[chunk:]
 
 # %% ../../nbs/4_draw/2_visual_sentences.ipynb #49e5b1aa
@@ -230,19 +233,34 @@ def write_shard(path: Path, sentences: Sequence[Sentence], fingerprint: str, not
             os.fsync(file.fileno())      # on the disk before it has its name
         os.replace(partial, path.with_name(path.name + suffix))
 
-# %% ../../nbs/4_draw/2_visual_sentences.ipynb #778479ed
+# %% ../../nbs/4_draw/2_visual_sentences.ipynb #97aadf17
 MANIFEST = "manifest.json"    # beside the shards, where `mllm tokenize` made them
+
+
+_KINDS = {"notes": list, "sentences": list, "tokens": int, "image_tokens": int}    # and texts
+
+
+def _checked(value: Any, name: str) -> Any:
+    "A field of an index, if it is of its kind."
+    kind = _KINDS.get(name, str)
+    if not of_kind(value, kind) or kind is int and value < 0:
+        raise TypeError(f"{name}: found {repr(value)[:40]}, expected {in_words(kind)}")
+    return value
 
 
 def read_index(path: Path) -> dict[str, Any]:
     "The index of a shard. Raises ValueError for one that cannot be read."
     try:
         index = json.loads(path.read_text())
-        return {name: index[name] for name in ("fingerprint", "sha256", "notes", "sentences")}
-    except (ValueError, KeyError, TypeError) as error:
+        index = {name: _checked(index[name], name) for name in ("fingerprint", "sha256", "notes", "sentences")}
+        for one in index["sentences"]:
+            for name in ("kind", "tokens", "image_tokens", "name"):
+                _checked(one[name], name)
+        return index
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: found no index of a shard ({type(error).__name__}: {error})") from None
 
-
+# %% ../../nbs/4_draw/2_visual_sentences.ipynb #e29a9681
 def bytes_of(index: Mapping[str, Any]) -> int:
     "How many bytes the tokens of a shard with this index take."
     return 2 * sum(one["tokens"] for one in index["sentences"])

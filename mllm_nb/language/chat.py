@@ -397,11 +397,14 @@ def encode_chat(turns: Sequence[Turn], template: str | Template, tokenizer, *,
     pieces = chat_pieces(turns, template, answer_pending)
     return join_chunks(split_at_images(pieces), tokenizer, layout.after_image)
 
-# %% ../../nbs/2_read/2_chat.ipynb #75b3bbaa
+# %% ../../nbs/2_read/2_chat.ipynb #36ae26aa
 def check_template(template: str | Template, tokenizer) -> list[str]:
-    "The template's special tokens that this tokenizer would cut into several tokens: [] = all is well."
+    "The template's special tokens that are not one token of their own in this tokenizer: [] = all is well."
     template = find_template(template) if isinstance(template, str) else template
-    return [token for token in template.special_tokens if len(token_ids(tokenizer, token)) != 1]
+    found = {token: tuple(token_ids(tokenizer, token)) for token in template.special_tokens}
+    shared = {ids for ids in found.values() if list(found.values()).count(ids) > 1}   # what is unknown looks alike
+    unknown = (getattr(tokenizer, "unk_token_id", None),)
+    return [token for token, ids in found.items() if len(ids) != 1 or ids in shared or ids == unknown]
 
 # %% ../../nbs/2_read/2_chat.ipynb #ca1d2dfb
 def stop_ids(template: str | Template, tokenizer) -> list[int]:

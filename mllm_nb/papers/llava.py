@@ -646,32 +646,38 @@ class Chat:
             said = text
         self.turns += (Turn("gpt", said.strip()),)
 
-# %% ../../nbs/9_papers/1_llava.ipynb #20f5f7d0
+# %% ../../nbs/9_papers/1_llava.ipynb #ae94381a
 def answer_pieces(model: MLLM, processor: Processor, batch, sampling: Sampling, max_new_tokens: int) -> Iterator[str]:
     "The growing answer; generation runs in a thread so that each token can be shown when it is there."
     from queue import Queue
-    from threading import Thread
-    stop, tokens, ids = stop_ids(processor.template, processor.tokenizer), Queue(), []
-
+    from threading import Event, Thread
+    stop, tokens, ids, left = stop_ids(processor.template, processor.tokenizer), Queue(), [], Event()
+    def tell(row: int, token: int) -> None:
+        if left.is_set():
+            raise InterruptedError("nobody listens any more")
+        tokens.put(token)
     def run() -> None:
         try:
             model.generate(batch.input_ids, batch.pixels, batch.image_index, batch.segments, stop_ids=stop,
-                           sampling=sampling, max_new_tokens=max_new_tokens,
-                           streamer=lambda row, token: tokens.put(token))
+                           sampling=sampling, max_new_tokens=max_new_tokens, streamer=tell)
             tokens.put(None)
         except Exception as error:   # handed over to the caller's thread, which raises it
             tokens.put(error)
 
-    Thread(target=run, daemon=True).start()
-    while (token := tokens.get()) is not None:
-        if isinstance(token, Exception):
-            raise token
-        ids += [token] if token not in stop else []
-        text = processor.tokenizer.decode(ids)
-        if not text.endswith("\ufffd"):
-            yield text
+    (thread := Thread(target=run, daemon=True)).start()
+    try:
+        while (token := tokens.get()) is not None:
+            if isinstance(token, Exception):
+                raise token
+            ids += [token] if token not in stop else []
+            text = processor.tokenizer.decode(ids)
+            if not text.endswith("\ufffd"):
+                yield text
+    finally:   # also where Ctrl-C ends the talk: no program may end while a thread computes
+        left.set()
+        thread.join()
 
-# %% ../../nbs/9_papers/1_llava.ipynb #9583f124
+# %% ../../nbs/9_papers/1_llava.ipynb #a034740e
 def good_records(file: str | Path, images: str | Path | None, skip_bad: bool) -> tuple[Records, tuple[int, ...]]:
     "The records and the numbers of the bad ones. Raises ValueError where some are bad and may not be skipped."
     records = Records(file, images)
@@ -679,8 +685,8 @@ def good_records(file: str | Path, images: str | Path | None, skip_bad: bool) ->
     if not report.ok:
         report.print()
         if not skip_bad:
-            raise ValueError(f"{file}: found {len(report.skip)} bad records (above); mend them, "
-                             "or leave exactly them out with --skip-bad")
+            raise ValueError(f"{file}: found {len(report.errors)} problems in {len(report.skip)} bad records (above); "
+                             "mend them, or leave exactly these records out with --skip-bad")
         print("left out: " + ", ".join(records.where(i) for i in report.skip))
     return records, report.skip
 
