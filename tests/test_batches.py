@@ -449,3 +449,21 @@ def test_too_long_for_the_row_and_nothing_left():
 @pytest.mark.parametrize("wrong", [{"rows": 0}, {"length": 0}, {"rank": 1}, {"remainder": "keep"}])
 def test_settings_that_make_no_sense(wrong):
     with pytest.raises(ValueError): BatchSettings(**{"length": 10, "rows": 1, **wrong})
+
+
+def test_expansion_equals_token_by_token():
+    "Words are copied run by run; the plain way looks at every token."
+    random = np.random.default_rng(0)
+    for _ in range(50):
+        ids = random.choice([IMAGE_TOKEN_ID, 1, 2, 3], random.integers(0, 20)).tolist()
+        layouts = [random.choice([-2, 0, 1, 2], random.integers(0, 5)).tolist() for _ in range(ids.count(IMAGE_TOKEN_ID))]
+        found, at, image = expand_images(ids, ids, layouts, [3] * len(layouts), first_row=4), 0, 0
+        for token in ids:
+            places = [-1]
+            if token == IMAGE_TOKEN_ID:
+                places, image = [row + 4 + 3 * image if row >= 0 else row for row in layouts[image]], image + 1
+            label = IGNORE if token == IMAGE_TOKEN_ID else token
+            for place in places:
+                assert (found.input_ids[at], found.labels[at], found.image_index[at]) == (token, label, place)
+                at += 1
+        assert at == len(found.input_ids)

@@ -149,7 +149,7 @@ def pack_records(lines: Sequence[str], fields: str, rows: int, length: int) -> I
         while len(tokens) > chunk + 1:
             total += chunk
             words, shape = np.array(tokens[:chunk + 1]), (rows, length)
-            yield Packed(words[:-1].reshape(shape), words[1:].reshape(shape),
+            yield Packed(words[:-1].reshape(shape), words[1:].reshape(shape).copy(),
                          np.reshape(weights[1:chunk + 1], shape), total, number, offset)
             tokens, weights = tokens[chunk:], weights[chunk:]
 
