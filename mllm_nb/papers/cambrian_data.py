@@ -149,8 +149,8 @@ def verdicts(results: Mapping[str, Mapping[str, Any]], first: str, other: str, m
     seeds = sorted(results[first].keys() & results[other].keys())
     return mean_interval([measure(results[first][seed]) - measure(results[other][seed]) for seed in seeds])
 
-# %% ../../nbs/9_papers/4_cambrian_data.ipynb #e1a118a1
-SWEEP = {4: (4e-3, 8e-3, 1.6e-2), 16: (4e-3, 8e-3, 1.6e-2), 64: (8e-3, 1.6e-2, 3.2e-2)}   # batch -> peak rates
+# %% ../../nbs/9_papers/4_cambrian_data.ipynb #cacc76ec
+SWEEP = {4: (4e-3, 8e-3, 1.6e-2), 16: (4e-3, 8e-3, 1.6e-2), 64: (4e-3, 8e-3, 1.6e-2, 3.2e-2)}   # batch -> peak rates
 RATES = {f"batch {rows}, rate {rate:g}": (rows, rate) for rows, rates in SWEEP.items() for rate in rates}
 
 # %% ../../nbs/9_papers/4_cambrian_data.ipynb #d248e0ac
@@ -203,14 +203,17 @@ def rate_trial(folder: str | Path, seed: int, rows: int, rate: float, total: int
     with torch.no_grad():
         return every_token_loss(decoder, text_rows(0, 512, "held_out")).loss.item()
 
-# %% ../../nbs/9_papers/4_cambrian_data.ipynb #08a2d7f7
+# %% ../../nbs/9_papers/4_cambrian_data.ipynb #90e5ca73
 def best_rate(losses: Mapping[float, float]) -> float:
-    "Where a parabola through three losses over the logarithm of the rate, a constant factor apart, is lowest."
-    (left, first), (middle, second), (_, third) = sorted(losses.items())
-    curve = first - 2 * second + third
-    if curve <= 0:
-        raise ValueError(f"losses {losses}: found no lowest point between the rates")
-    return middle * (middle / left) ** ((first - third) / (2 * curve))
+    """Where a parabola over the logarithm of the rate is lowest, through the lowest loss and its two neighbours.
+
+    Rates are a constant factor apart. ValueError where the lowest loss is the first or the last."""
+    found = sorted(losses.items())
+    lowest = min(range(len(found)), key=lambda place: found[place][1])
+    if not 0 < lowest < len(found) - 1:
+        raise ValueError(f"losses {losses}: found the lowest at an end, expected it between the rates")
+    (left, first), (middle, second), (_, third) = found[lowest - 1:lowest + 2]
+    return middle * (middle / left) ** ((first - third) / (2 * (first - 2 * second + third)))
 
 
 def rate_powers(results: Mapping[str, Mapping[str, float]]) -> list[float]:
