@@ -81,7 +81,7 @@ def test_held_out_photographs_and_digits_never_occur_in_training(monkeypatch):
             photo_crop(random.Random(number), split)
     assert seen["held_out"] == set(HELD_OUT_PHOTOS) and not seen["held_out"] & seen["train"] and len(seen["train"]) == 8
     images, labels = digits()
-    (train, train_labels), (held, held_labels) = digits_of("train"), digits_of("held_out")
+    (train, _), (held, held_labels) = digits_of("train"), digits_of("held_out")
     assert len(train) + len(held) == len(images) and set(held_labels.tolist()) == set(range(10))
     twice = {image.tobytes() for image in train} & {image.tobytes() for image in held}
     assert not twice and digit_picture(random.Random(0), "held_out", 3).size == (64, 64)
