@@ -78,10 +78,10 @@ def test_a_trial_learns_and_repeats_itself(tmp_path):
     assert fast < slow - 1 and rate_trial(tmp_path, 0, 8, 1e-2, total=96) == fast
 
 
-@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("power", [0.0, 0.12, 0.2])
 def test_the_power_of_the_rule_is_found(power):
     def loss(rows: int, rate: float, seed: int) -> float:
-        best = square_root_rule(6e-3, 4, rows) * (rows / 4) ** (power - .5)
+        best = square_root_rule(7e-3, 4, rows) * (rows / 4) ** (power - .5)
         return seed + rows + 3 * math.log(rate / best) ** 2
     results = {name: {str(seed): loss(rows, rate, seed) for seed in range(2)} for name, (rows, rate) in RATES.items()}
     assert rate_powers(results) == pytest.approx([power, power]) and set(SWEEP) == {4, 16, 64}
