@@ -31,8 +31,8 @@ def word_losses(decoder: Decoder, sentences: Int[Tensor, "examples pictures word
     for part in sentences.split(rows):
         flat = rearrange(part, "examples pictures words -> examples (pictures words)")
         ids = flat if begin is None else F.pad(flat, (1, 0), value=begin)
-        scores = decoder.logits(decoder.hidden(decoder.embed(ids))[:, :-1]).float().transpose(1, 2)
-        losses = F.cross_entropy(scores, ids[:, 1:], reduction="none")
+        scores = decoder.logits(decoder.hidden(decoder.embed(ids))[:, :-1]).float().flatten(0, 1)
+        losses = F.cross_entropy(scores, ids[:, 1:].flatten(), reduction="none").unflatten(0, (len(ids), -1))
         losses = F.pad(losses, (1, 0), value=float("nan")) if begin is None else losses
         found.append(losses.unflatten(1, part.shape[1:]))
     return torch.cat(found)
