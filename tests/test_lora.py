@@ -19,7 +19,7 @@ from mllm_nb.language.decoder import TransformersDecoder
 from mllm_nb.mllm import MLLM, WeightsError
 from mllm_nb.papers import cambrian
 from mllm_nb.papers.llava import export_transformers, load_llava
-from mllm_nb.training import lora
+from mllm_nb.training import lora, loop
 from mllm_nb.training.lora import (
     LoRALinear, LoRASettings, adapted_layers, adapter_tensors, add_adapters, find_targets, full_weight, linear_names,
     load_adapter, lora_stage, merge_adapters, merged, nf4_levels, nf4_linear, quantization_of, quantize, save_adapter)
@@ -392,7 +392,7 @@ def test_a_run_with_adapters_is_resumed_exactly(quantization, optimizer, tmp_pat
 def test_moments_in_eight_bits():
     torch.manual_seed(0)
     weight, small = nn.Parameter(torch.zeros(80, 64)), nn.Parameter(torch.zeros(5))
-    optimizer, target = lora.adamw_8bit()([weight, small], lr=1e-2), torch.randn(80, 64)
+    optimizer, target = loop.adamw_8bit()([weight, small], lr=1e-2), torch.randn(80, 64)
     for _ in range(100):
         ((weight - target).square().mean() + (small - 1).square().sum()).backward()
         optimizer.step()

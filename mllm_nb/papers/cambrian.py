@@ -6,18 +6,16 @@
 __all__ = ['TOWER_WIDTHS', 'PUBLISHED', 'SAMPLERS', 'TOWERS', 'SEEN', 'CAMBRIAN_ALIGN', 'CAMBRIAN_TUNE', 'ARMS', 'CLAIMS',
            'CLAIM_STEPS', 'ENCODERS', 'Elsewhere', 'cambrian_config', 'assemble', 'load_cambrian', 'cover',
            'assemble_miniature', 'begin', 'Remembering', 'remembering', 'with_room', 'train_miniature', 'run_claims',
-           'replace_text', 'differences', 'verdict', 'encoder_products', 'language_cost', 'looking_cost',
-           'token_budget']
+           'differences', 'encoder_products', 'language_cost', 'looking_cost', 'token_budget']
 
 # %% ../../nbs/9_papers/3_cambrian.ipynb #e01534e8
-import functools
-import json
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +25,13 @@ from torch import nn
 from ..connectors.mlp import ProjectorConfig
 from ..connectors.sva import SVAConfig, multiplications
 from ..data.batches import Processor
-from ..evaluation.world import HeldOut, right_answers
+from ..evaluation.claims import run_trials
+from ..evaluation.world import HeldOut, mean, right_answers
 from ..language.decoder import Decoder, DecoderConfig, transformers_keys
 from ..mllm import (
     MLLM, MLLMConfig, Weights, WeightsError, fit_weights, language_family, no_memory, read_json, read_weights,
     weight_files)
-from .llava import manifest_shapes, mean_interval, sort_names
+from .llava import manifest_shapes, sort_names
 from mllm_nb.training.miniatures import (
     ALIGN, TUNE, Lesson, Trained, give_lessons, load_language, load_tokenizer, load_tower, miniature_processor,
     pictures_per_row)
@@ -246,32 +245,23 @@ CLAIM_STEPS = {"align_steps": 90, "tune_steps": 45}
 
 # %% ../../nbs/9_papers/3_cambrian.ipynb #14a693ac
 def run_claims(folder: str | Path, seeds: Sequence[int] = (0, 1, 2), questions: int = 500,
-               arms: Mapping[str, Mapping] = ARMS, trainer: Callable[..., Trained] = train_miniature, **changes
-               ) -> dict[str, dict[str, dict]]:
-    """Every arm for every seed: accuracy, and which of the held-out questions were right ("0110..."). `claims.json` is
-    written after each run; finished runs are not repeated. Arms of one seed share what the towers have seen."""
-    file = Path(folder) / "claims.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    results = json.loads(file.read_text()) if file.exists() else {}
+               arms: Mapping[str, Mapping] = ARMS, **changes) -> dict[str, dict[str, dict]]:
+    """Every arm for every seed: accuracy, and which of the held-out questions were right ("0110..."), kept in
+    `claims.json` (see `evaluation.claims.run_trials`). Arms of one seed share what the towers have seen."""
+    def trial(name: str, memory: dict, seed: int) -> dict[str, Any]:
+        settings = {"progress": False, "memory": memory} | CLAIM_STEPS | arms[name] | changes
+        trained = train_miniature(Path(folder) / name.replace(" ", "_") / str(seed), seed, **settings)
+        with remembering(trained.model, memory):
+            right = right_answers(trained.model, HeldOut.make(trained.processor, questions))
+        return {"accuracy": mean(right), "right": "".join("01"[one] for one in right)}
+
+    results = {}
     for seed in seeds:
-        memory = {}
-        for name in (name for name in arms if str(seed) not in results.get(name, {})):
-            settings = {"progress": False, "memory": memory} | CLAIM_STEPS | arms[name] | changes
-            trained = trainer(Path(folder) / name.replace(" ", "_") / str(seed), seed, **settings)
-            with remembering(trained.model, memory):
-                right = right_answers(trained.model, HeldOut.make(trained.processor, questions))
-            found = {"accuracy": sum(right) / len(right), "right": "".join("01"[one] for one in right)}
-            results.setdefault(name, {})[str(seed)] = found
-            replace_text(file, json.dumps(results, indent=1) + "\n")
-            print(f"{name}, seed {seed}: {found['accuracy']:.1%} in {trained.seconds:.0f} s", flush=True)
+        memory: dict = {}
+        trials = {name: partial(trial, name, memory) for name in arms}
+        results = run_trials(Path(folder) / "claims.json", (seed,), trials,
+                             lambda found: f"{found['accuracy']:.1%}")
     return results
-
-
-def replace_text(file: Path, text: str) -> None:
-    "Write a file at one stroke: whoever is killed leaves the old one or the new one."
-    beside = file.with_suffix(".writing")
-    beside.write_text(text)
-    beside.replace(file)
 
 # %% ../../nbs/9_papers/3_cambrian.ipynb #ee54ef6b
 def differences(results: Mapping, better: str, other: str, chosen: Sequence[bool] | None = None) -> list[float]:
@@ -281,13 +271,6 @@ def differences(results: Mapping, better: str, other: str, chosen: Sequence[bool
         return sum(one == "1" for one in kept) / len(kept)
     return [share(found["right"]) - share(results[other][seed]["right"])
             for seed, found in results[better].items() if seed in results[other]]
-
-
-def verdict(values: Sequence[float]) -> str:
-    "What paired differences of a few seeds allow to say (Student's t)."
-    mean, low, high = mean_interval(values)
-    told = "holds" if low > 0 else "does not hold" if high < 0 else "undecided"
-    return f"{mean:+6.1%}  ({low:+.1%} to {high:+.1%})  {told}"
 
 # %% ../../nbs/9_papers/3_cambrian.ipynb #afdffc0b
 ENCODERS = {   # geometry of the four encoders, up to the layer whose features are used
@@ -313,7 +296,7 @@ def encoder_products(config: ViTConfig | ConvNeXtConfig) -> float:
     return total
 
 # %% ../../nbs/9_papers/3_cambrian.ipynb #6186f301
-@functools.cache
+@cache
 def language_cost(size: str) -> tuple[int, DecoderConfig]:
     "Parameters of a published size's language model, and its settings."
     config = cambrian_config(PUBLISHED[size], "decoder").language

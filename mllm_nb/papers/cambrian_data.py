@@ -9,7 +9,6 @@ __all__ = ['PILE', 'ASKED_BY', 'MIXTURES', 'SWEEP', 'RATES', 'SENTENCE', 'REQUES
            'rate_powers', 'Mixed', 'MixedLesson', 'asked', 'run_claims']
 
 # %% ../../nbs/9_papers/4_cambrian_data.ipynb #d209527b
-import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,11 +25,11 @@ from ..data.records import Sample, write_records
 from ..data.world import (
     CATEGORIES, Balance, Chart, Circuit, Magnets, Objects, Program, Sign, Sum, Thermometer, Words, World, by_category,
     dialogue, held_out_questions)
+from ..evaluation.claims import mean_interval, run_trials
 from ..evaluation.world import HeldOut, right_answers, written_answers
 from ..language.chat import IMAGE, Turn
 from ..language.decoder import Decoder, DecoderConfig, attention_mask
 from ..mllm import next_labels
-from .llava import mean_interval
 from ..training.loop import TrainingConfig, train
 from ..training.miniatures import (
     ALIGN, TUNE, Lesson, LossAndCount, assemble_miniature, load_tokenizer, teach)
@@ -277,18 +276,10 @@ TRIALS = {name: partial(mixture_trial, **how) for name, how in MIXTURES.items()}
 
 def run_claims(folder: str | Path, seeds: Sequence[int] = (0, 1, 2), trials: Mapping = TRIALS, **smaller
                ) -> dict[str, dict[str, Any]]:
-    """Facts of every trial for every seed. `data_claims.json` is written after each; finished ones are not repeated.
+    """Facts of every trial for every seed, kept in `data_claims.json` (see `evaluation.claims.run_trials`).
     `smaller`: arguments of every trial."""
-    file = Path(folder) / "data_claims.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    results = json.loads(file.read_text()) if file.exists() else {}
-    for seed in seeds:
-        for name, trial in trials.items():
-            found = results.setdefault(name, {})
-            if str(seed) not in found:
-                found[str(seed)] = trial(folder, seed, **smaller)
-                file.write_text(json.dumps(results, indent=1) + "\n")
-                fact = found[str(seed)]
-                said = f"{fact:.3f} nats a token" if isinstance(fact, float) else f"{category_mean(fact):.1%}"
-                print(f"{name}, seed {seed}: {said}", flush=True)
-    return results
+    def say(fact: float | Mapping[str, Any]) -> str:
+        return f"{fact:.3f} nats a token" if isinstance(fact, float) else f"{category_mean(fact):.1%}"
+
+    return run_trials(Path(folder) / "data_claims.json", seeds,
+                      {name: partial(trial, folder, **smaller) for name, trial in trials.items()}, say)

@@ -13,7 +13,7 @@ __all__ = ['TOWERS', 'CLIP_336', 'CLIP_224', 'VICUNA_7B', 'VICUNA_13B', 'MISTRAL
            'export_tokenizer', 'export_transformers', 'transformers_fields', 'processor_for', 'tokenizer_folder',
            'Chat', 'answer_pieces', 'good_records', 'chosen_stage', 'stage_config', 'stage_plan', 'batches_of',
            'copy_tokenizer', 'save_trained', 'save_plan', 'train_on_records', 'convert_model', 'train_miniature',
-           'run_claims', 'mean_interval', 'verdicts']
+           'run_claims', 'differences']
 
 # %% ../../nbs/9_papers/1_llava.ipynb #31acc436
 import ast
@@ -21,8 +21,9 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ from ..language.generate import Sampling
 from ..language.tokenizer import open_tokenizer
 from ..mllm import (MLLM, MLLMConfig, Weights, WeightsError, fit_weights, language_family, naming, no_memory,
                           read_json, read_weights, refuse_adapters, write_weights)
-from ..evaluation.world import HeldOut, right_answers
+from ..evaluation.claims import run_trials
+from ..evaluation.world import HeldOut, mean, right_answers
 from ..training.lora import (LoRASettings, add_adapters, adapter_base, local_folder, lora_stage, overlay,
                                    read_adapter, read_whole, safe_file, save_adapter, trainable_names)
 from ..training.loop import TrainingConfig, accumulation, plan_for, train
@@ -841,36 +843,21 @@ CLAIMS = {"two stages beat one": "one stage", "an MLP beats a linear connector":
           "a better language model makes a better model": "weaker language model"}
 
 # %% ../../nbs/9_papers/1_llava.ipynb #4991963a
-def run_claims(folder: str | Path, seeds: Sequence[int] = (0, 1, 2), questions: int = 500, arms: Mapping = ARMS,
-               trainer: Callable[..., Trained] = train_miniature, **changes) -> dict[str, list[float]]:
-    """Accuracy of every arm for every seed. `claims.json` is written after each run; finished runs are not repeated.
-    `arms`: what each changes in `trainer`; those of LLaVA are trained for two thirds of the tour's steps."""
-    file = Path(folder) / "claims.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    results = read_json(file) if file.exists() else {}
-    for seed in seeds:
-        for name, arm in arms.items():
-            found = results.setdefault(name, {})
-            if str(seed) not in found:
-                steps = {"align_steps": 60, "tune_steps": 150} if arms is ARMS else {}
-                settings = {"progress": False} | steps | arm | changes
-                trained = trainer(Path(folder) / name.replace(" ", "_") / str(seed), seed, **settings)
-                right = right_answers(trained.model, HeldOut.make(trained.processor, questions))
-                found[str(seed)] = sum(right) / len(right)
-                file.write_text(json.dumps(results, indent=1) + "\n")
-                print(f"{name}, seed {seed}: {found[str(seed)]:.1%} in {trained.seconds:.0f} s", flush=True)
-    return {name: [found[seed] for seed in sorted(found)] for name, found in results.items()}
+def run_claims(folder: str | Path, seeds: Sequence[int] = (0, 1, 2), questions: int = 500, **changes
+               ) -> dict[str, dict[str, float]]:
+    """Accuracy of every arm for every seed, kept in `claims.json` (see `evaluation.claims.run_trials`), after two
+    thirds of the tour's steps. `changes`: arguments of every training."""
+    def trial(name: str, seed: int) -> float:
+        settings = {"progress": False, "align_steps": 60, "tune_steps": 150} | ARMS[name] | changes
+        trained = train_miniature(Path(folder) / name.replace(" ", "_") / str(seed), seed, **settings)
+        return mean(right_answers(trained.model, HeldOut.make(trained.processor, questions)))
+
+    trials = {name: partial(trial, name) for name in ARMS}
+    return run_trials(Path(folder) / "claims.json", seeds, trials, "{:.1%}".format)
 
 # %% ../../nbs/9_papers/1_llava.ipynb #7dec7dd2
-def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    "(mean, low, high): 95 % interval of the mean of 2 to 5 values by Student's t."
-    count, mean = len(values), sum(values) / len(values)
-    factor = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}[count]
-    half = factor * (sum((value - mean) ** 2 for value in values) / (count - 1) / count) ** .5
-    return mean, mean - half, mean + half
-
-
-def verdicts(results: Mapping[str, Sequence[float]]) -> dict[str, tuple[float, float, float]]:
-    "For each claim the difference between the system and the other arm, seed by seed: mean and interval."
+def differences(results: Mapping[str, Mapping[str, float]]) -> dict[str, list[float]]:
+    "For each claim how much better the system is than the other arm, seed by seed."
     first = results[next(iter(ARMS))]
-    return {claim: mean_interval([a - b for a, b in zip(first, results[arm])]) for claim, arm in CLAIMS.items()}
+    return {claim: [first[seed] - found for seed, found in sorted(results[arm].items()) if seed in first]
+            for claim, arm in CLAIMS.items()}

@@ -19,7 +19,7 @@ import random
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from torch import Tensor
 from ..data.world import ANNOTATIONS, COLOURS, Objects, annotate, film, make_picture
 from ..drawing.vqgan import VQGAN, VQGANConfig, VQGANTeacher, fingerprint, load_vqgan, save_vqgan
 from ..drawing.visual_sentences import Sentence, SentenceIds, Shards, whole_rows, write_shard
+from ..evaluation.claims import mean_interval, run_trials, verdict
 from ..evaluation.metrics import code_usage, psnr, ssim
 from ..evaluation.visual import draw_candidates, examine_task, word_losses
 from ..language.decoder import Decoder, DecoderConfig, attention_mask, load_transformers_state
@@ -537,19 +538,14 @@ def claim_facts(trained: DrawnBy, each: int = 8) -> dict[str, Any]:
 # %% ../../nbs/9_papers/5_lvm.ipynb #d2ae1699
 def run_claims(folder: str | Path, seeds: Sequence[int] = (0, 1, 2), arms: Mapping[str, Mapping[str, Any]] = ARMS,
                steps: int = 120, each: int = 8, **changes) -> dict[str, dict[str, Any]]:
-    "Facts of every arm for every seed. `claims.json` is written after each run; finished runs are not repeated."
-    file = Path(folder) / "claims.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    results = read_json(file) if file.exists() else {}
-    for seed in seeds:
-        for name, arm in arms.items():
-            if str(seed) not in results.setdefault(name, {}):
-                where = Path(folder) / name.replace(" ", "_") / str(seed)
-                trained = train_miniature(where, seed, steps, **{"progress": False} | dict(arm) | changes)
-                facts = results[name][str(seed)] = claim_facts(trained, each)
-                file.write_text(json.dumps(results, indent=1) + "\n")
-                print(f"{name}, seed {seed}: {facts['loss']:.3f} nats a word, {trained.seconds:.0f} s", flush=True)
-    return results
+    "Facts of every arm for every seed, kept in `claims.json` (see `evaluation.claims.run_trials`)."
+    def trial(name: str, seed: int) -> dict[str, Any]:
+        where = Path(folder) / name.replace(" ", "_") / str(seed)
+        settings = {"progress": False} | dict(arms[name]) | changes
+        return claim_facts(train_miniature(where, seed, steps, **settings), each)
+
+    return run_trials(Path(folder) / "claims.json", seeds, {name: partial(trial, name) for name in arms},
+                      lambda facts: f"{facts['loss']:.3f} nats a word")
 
 
 def power_law(parameters: Sequence[float], losses: Sequence[float]) -> tuple[float, float]:
@@ -566,7 +562,7 @@ def seeds_of(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def sizes_of(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     "The arms of different sizes, smallest first."
-    return [name for name in results if name.endswith(" M")]
+    return sorted((name for name in results if name.endswith(" M")), key=lambda name: float(name.split()[0]))
 
 # %% ../../nbs/9_papers/5_lvm.ipynb #84d8331c
 def verdicts(results: Mapping[str, Mapping[str, Any]]) -> dict[str, list[float]]:
@@ -596,14 +592,13 @@ def verdicts(results: Mapping[str, Mapping[str, Any]]) -> dict[str, list[float]]
 # %% ../../nbs/9_papers/5_lvm.ipynb #edc229f6
 def show_claims(results: Mapping[str, Mapping[str, Any]]):
     "Verdicts, the table of tasks and the losses of all sizes, as text and a figure."
-    from mllm_nb.papers.llava import mean_interval
     from mllm_nb.plots import show_lines
     seeds, names = seeds_of(results), sizes_of(results)
     largest = names[-1]
     for claim, values in verdicts(results).items():
         mean, low, high = mean_interval(values)
-        verdict = "of all seven" if claim.startswith("tasks") else "holds" if low > 0 else "not shown"
-        print(f"{claim:48}{mean:8.3f}   [{low:.3f}, {high:.3f}]   {verdict}")
+        print(f"{claim:48}{mean:8.3f}   ({low:.3f} to {high:.3f})   "
+              + ("of all seven" if claim.startswith("tasks") else verdict(values)))
     print(f"\n{largest}, mean of {len(seeds)} seeds{'':8}error{'copy question':>15}{'copy last answer':>18}"
           f"{'perplexity':>12}")
     for task in results[largest][seeds[0]]["tasks"]:

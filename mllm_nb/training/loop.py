@@ -6,9 +6,9 @@
 __all__ = ['SCHEDULES', 'ALONE', 'NORM_OR_BIAS', 'NORMS', 'Schedule', 'learning_rate_at', 'DataError', 'batch_loss',
            'loss_and_count', 'Alone', 'accumulate', 'own_gradients', 'divide_by_tokens', 'clip_gradients',
            'ParameterGroup', 'prepared', 'undecayed', 'TrainingConfig', 'check_config', 'accumulation', 'run_schedule',
-           'parameter_groups', 'build_adamw', 'set_learning_rate', 'MuonAndAdamW', 'build_optimizer', 'DataOrder',
-           'record_names', 'place', 'LossError', 'check_facts', 'Run', 'train_step', 'settle', 'update', 'log_row',
-           'plan_for', 'precision_name', 'count_steps', 'start_run', 'save_run', 'in_words', 'restore_run',
+           'parameter_groups', 'build_adamw', 'set_learning_rate', 'MuonAndAdamW', 'adamw_8bit', 'build_optimizer',
+           'DataOrder', 'record_names', 'place', 'LossError', 'check_facts', 'Run', 'train_step', 'settle', 'update',
+           'log_row', 'plan_for', 'precision_name', 'count_steps', 'start_run', 'save_run', 'in_words', 'restore_run',
            'restore_dice', 'read_metrics', 'MetricsLog', 'Interrupted', 'stop_signals', 'progress_bar', 'show_progress',
            'History', 'train', 'FeatureMemory', 'view_key', 'remember_features']
 
@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,7 +37,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..device import DevicePlan, device_plan
+from ..device import DevicePlan, device_plan, need
 from . import checkpoints
 
 # %% ../../nbs/6_train/1_loop.ipynb #ac3dce0b
@@ -386,6 +387,35 @@ class MuonAndAdamW:
         for part in self.parts:
             part.zero_grad(set_to_none)
 
+# %% ../../nbs/6_train/1_loop.ipynb #84ddded1
+def _owned(state: dict[str, Any]) -> None:
+    "Make an optimizer's memory of one parameter tensors that belong to it alone, as a checkpoint stores them."
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            state[key] = torch.tensor(float(value))
+        elif key.startswith("qmap"):   # bitsandbytes shares one table among all parameters
+            state[key] = value.clone()
+
+
+@cache
+def adamw_8bit() -> type:
+    "AdamW with moments in 8 bits (Dettmers 2022, by bitsandbytes) whose state can be saved by name."
+    bnb = need("bitsandbytes")
+
+    class AdamW8bit(bnb.optim.AdamW8bit):
+        "The state of small parameters (fewer than 4,096 numbers) stays in fp32."
+
+        def init_state(self, group, p, gindex, pindex):
+            super().init_state(group, p, gindex, pindex)
+            _owned(self.state[p])
+
+        def update_step(self, group, p, gindex, pindex):
+            self.state[p]["step"] = int(self.state[p]["step"])
+            super().update_step(group, p, gindex, pindex)
+            self.state[p]["step"] = torch.tensor(float(self.state[p]["step"]))
+
+    return AdamW8bit
+
 # %% ../../nbs/6_train/1_loop.ipynb #59b081d5
 def _chosen(groups: list[dict[str, Any]], keep: Callable[[nn.Parameter], bool]) -> list[dict[str, Any]]:
     "The same groups with only the parameters that `keep` takes; groups without any are left out."
@@ -410,7 +440,6 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Ada
     if config.optimizer == "adamw":
         return build_adamw(groups, config)
     if config.optimizer == "adamw_8bit":
-        from mllm_nb.training.lora import adamw_8bit
         return adamw_8bit()(groups, lr=config.learning_rate, betas=config.betas, eps=config.epsilon)
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     matrices = _chosen(groups, lambda parameter: parameter.ndim == 2 and id(parameter) not in tables)

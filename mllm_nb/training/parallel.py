@@ -7,11 +7,11 @@ __all__ = ['WAYS', 'ZERO', 'SHARDINGS', 'FLOATS', 'KINDS', 'HARDWARE', 'BETWEEN_
            'free_port', 'in_processes', 'show_messages', 'PlanError', 'Plan', 'check_plan', 'read_plan', 'share_batch',
            'together', 'own', 'copies', 'shared_norm', 'has_views', 'blank_view', 'even_batches', 'repeated_parts',
            'cast_unit', 'shard', 'recompute', 'tensor_plan', 'split_layers', 'LostProcess', 'join_group', 'check_equal',
-           'join_model', 'TeamCrew', 'Single', 'Team', 'XlaTeam', 'team_of', 'Sizes', 'language_sizes', 'kept_bytes',
-           'Load', 'layer_bytes', 'view_bytes', 'tower_bytes', 'sizes_of', 'cut_parameters', 'Memory', 'memory_of',
-           'state_bytes', 'show_memory', 'set_dtypes', 'Hardware', 'read_devices', 'step_flops', 'step_seconds',
-           'Estimate', 'Task', 'possible_plans', 'best_plan', 'nearest_plan', 'launch_line', 'slurm_script',
-           'tpu_script', 'gather_trained', 'launch', 'scale_facts', 'scale_planner']
+           'join_model', 'TeamCrew', 'Single', 'Team', 'rows_each', 'XlaTeam', 'team_of', 'Sizes', 'language_sizes',
+           'kept_bytes', 'Load', 'layer_bytes', 'view_bytes', 'tower_bytes', 'sizes_of', 'cut_parameters', 'Memory',
+           'memory_of', 'state_bytes', 'show_memory', 'set_dtypes', 'Hardware', 'read_devices', 'step_flops',
+           'step_seconds', 'Estimate', 'Task', 'possible_plans', 'best_plan', 'nearest_plan', 'launch_line',
+           'slurm_script', 'tpu_script', 'gather_trained', 'launch', 'scale_facts', 'scale_planner']
 
 # %% ../../nbs/6_train/4_parallel.ipynb #2472e4c6
 import json
@@ -541,6 +541,11 @@ class Team(Single):
             dist.destroy_process_group()
 
 # %% ../../nbs/6_train/4_parallel.ipynb #afd1f689
+def rows_each(shape: Sequence[int], devices: int) -> int:
+    "How much of a tensor's first axis each device of a mesh holds; 0 where it does not divide and each holds all."
+    return shape[0] // devices if shape and shape[0] % devices == 0 else 0
+
+
 class XlaTeam(Single):
     "Devices that one process drives through PyTorch/XLA (SPMD). ImportError names the extra."
     def __init__(self, plan: Plan):
@@ -562,7 +567,7 @@ class XlaTeam(Single):
 
     def cut(self, tensor: Tensor) -> Tensor:
         "Mark a tensor's first axis as shared out, where it divides."
-        if self.mesh is not None and tensor.ndim and len(tensor) and len(tensor) % self.plan.world_size == 0:
+        if self.mesh is not None and rows_each(tensor.shape, self.plan.world_size):
             self.spmd.mark_sharding(tensor, self.mesh, ("devices",) + (None,) * (tensor.ndim - 1))
         return tensor
 
