@@ -342,6 +342,33 @@ def test_a_loss_that_is_no_number_stops_before_the_weights_change(tmp_path):
     assert same(seen, weights(model))
 
 
+@pytest.mark.parametrize("background", [False, True])
+def test_what_was_learned_before_a_bad_loss_is_kept_to_the_bit(tmp_path, background):
+    "After the cause is mended the run goes on from the step before, with the same data and dice as if nothing had been."
+    config, healthy, poison = replace(QUIET, save=True, save_every=0, background=background), Words(), [True]
+
+    def loss(model, batch):
+        output = model(batch["words"], batch["labels"]).loss * (1 + .1 * torch.rand(()))
+        return output * (float("nan") if poison[0] and batch["ids"][0] == "sample-2-0" else 1.0)
+
+    with pytest.raises(LossError, match="step 2: the loss is nan .* those of step 2, saved in .*checkpoints"):
+        train(Words(), make_batches(), config, tmp_path / "run", loss_function=loss)
+    poison[0], resumed = False, Words()
+    history = train(resumed, make_batches(), config, tmp_path / "run", loss_function=loss)
+    whole = train(healthy, make_batches(), config, tmp_path / "whole", loss_function=loss)
+    assert history.losses == whole.losses and same(weights(healthy), weights(resumed))
+
+
+def test_broken_weights_are_not_kept(tmp_path):
+    def breaks(run, row):
+        if run.step == 2:
+            run.parameters[0].data[:] = float("nan")
+
+    with pytest.raises(LossError, match="those of step 2$"):
+        train(Words(), make_batches(), replace(QUIET, save=True), tmp_path, on_step=breaks)
+    assert not list(tmp_path.glob("checkpoints/*"))
+
+
 def test_a_gradient_that_is_no_number_stops_too(tmp_path):
     def cliff(model, batch):
         return (model.head.weight * 0).sum().sqrt()   # zero, with an infinite slope

@@ -15,6 +15,7 @@ from mllm_nb.data.batches import Batches, BatchSettings
 from mllm_nb.data.world import World
 from mllm_nb.language.decoder import Decoder, DecoderConfig
 from mllm_nb.training import parallel
+from mllm_nb.training.checkpoints import load_checkpoint
 from mllm_nb.training.loop import LossError, ParameterGroup, TrainingConfig, train
 from mllm_nb.training.parallel import LostProcess, Plan, PlanError, in_processes, share_batch, team_of, tensor_plan
 
@@ -75,7 +76,12 @@ def same(found, expected, tolerance: float = 1e-5) -> None:
 
 @pytest.fixture(scope="module")
 def alone() -> dict:
-    return {kind: curve(Plan(4, 4), kind) for kind in ("llava", "cambrian")}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)   # as in the processes of a team: sums over threads are rounded otherwise
+    try:
+        return {kind: curve(Plan(4, 4), kind) for kind in ("llava", "cambrian")}
+    finally:
+        torch.set_num_threads(threads)
 
 
 # --- the same curve
@@ -229,7 +235,7 @@ class Slope(nn.Module):
         return (values @ self.weight).mean()
 
 
-def bad_batch(plan: Plan) -> str:
+def bad_batch(plan: Plan, folder: str) -> str:
     team = team_of(plan)
     values = torch.ones(3, 2, 4)
     if team.rank == 1:
@@ -237,17 +243,18 @@ def bad_batch(plan: Plan) -> str:
     batches = [{"values": one, "ids": [f"sample-{team.rank}-{number}"]} for number, one in enumerate(values)]
     model = Slope()
     try:
-        train(model, batches, plan.config(replace(QUIET, warmup_steps=0)), tempfile.mkdtemp(), plan=plan.device_plan(), team=team)
+        train(model, batches, plan.config(replace(QUIET, warmup_steps=0, save=True)), folder, plan=plan.device_plan(), team=team)
     except LossError as error:
         weights = [float(parallel.own(value).detach().abs().sum()) for value in model.parameters()]
         return f"{error} {all(map(math.isfinite, weights))}"
 
 
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
-def test_a_loss_that_is_no_number_stops_all_and_names_the_records(sharding):
-    for told in in_processes(bad_batch, 2, Plan(2, 1, 1, 2, sharding)):
-        assert told == ("step 2: the loss is nan on process 1: records sample-1-2; "
-                        "the weights are still those of step 2 True")
+def test_a_loss_that_is_no_number_stops_all_names_the_records_and_keeps_the_rest(sharding, tmp_path):
+    for told in in_processes(bad_batch, 2, Plan(2, 1, 1, 2, sharding), str(tmp_path)):
+        assert told == ("step 2: the loss is nan on process 1: records sample-1-2; the weights are still those of "
+                        f"step 2, saved in {tmp_path}/checkpoints True")
+    assert load_checkpoint(tmp_path / "checkpoints").step == 2
 
 
 def deserted(plan: Plan) -> str:

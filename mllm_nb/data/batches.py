@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -648,11 +649,15 @@ class Batches:
     def state_dict(self) -> dict[str, Any]:
         "Where we are, and a fingerprint of the plan, as plain JSON values."
         return {"epoch": self.epoch, "batch": self.batch, "accumulation": self.settings.accumulation,
-                "fingerprint": fingerprint(self.sizes, self.settings)}
+                "fingerprint": self.fingerprint}
+
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        return fingerprint(self.sizes, self.settings)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         "Go on exactly where that state was saved. ValueError, naming what differs, if the plan is another one."
-        self.epoch, self.batch = saved_place(state, fingerprint(self.sizes, self.settings), self.settings.accumulation)
+        self.epoch, self.batch = saved_place(state, self.fingerprint, self.settings.accumulation)
 
 # %% ../../nbs/5_data/3_batches.ipynb #c7362f2d
 def saved_place(state: dict[str, Any], plan: dict[str, Any], accumulation: int) -> tuple[int, int]:

@@ -10,7 +10,7 @@ __all__ = ['SCHEDULES', 'ALONE', 'NORM_OR_BIAS', 'NORMS', 'Schedule', 'learning_
            'DataOrder', 'record_names', 'place', 'LossError', 'check_facts', 'Run', 'train_step', 'settle', 'update',
            'log_row', 'plan_for', 'precision_name', 'count_steps', 'start_run', 'save_run', 'in_words', 'restore_run',
            'restore_dice', 'read_metrics', 'MetricsLog', 'Interrupted', 'stop_signals', 'progress_bar', 'show_progress',
-           'History', 'train', 'FeatureMemory', 'view_key', 'remember_features']
+           'History', 'last_good', 'train', 'FeatureMemory', 'view_key', 'remember_features']
 
 # %% ../../nbs/6_train/1_loop.ipynb #0a250fd3
 import hashlib
@@ -556,6 +556,7 @@ class Run:
     called: Any = None   # what is called for a batch: the model, or what the team has put around it
     frozen: dict[str, int] = field(default_factory=dict)   # fingerprints of what does not learn
     saver: checkpoints.Saver = field(default_factory=checkpoints.Saver)
+    border: tuple[dict, tuple] | None = None   # data order and dice before the present update
 
     def autocast(self):
         enabled = self.plan.dtype != torch.float32
@@ -565,6 +566,8 @@ class Run:
 def train_step(run: Run, loss_function: Callable = batch_loss) -> dict[str, Any] | None:
     "One update from the next micro-batches; returns the row for the log, or None when the data have ended."
     start = time.perf_counter()
+    if run.config.save:
+        run.border = run.order.state_dict(), checkpoints.random_state()
     batches = [place(batch, run.plan.device) for batch in islice(run.order, accumulation(run.config))]
     if not batches:
         return None
@@ -665,15 +668,16 @@ def start_run(model: nn.Module, batches, config: TrainingConfig, plan: DevicePla
                frozen=frozen, saver=checkpoints.Saver(team.crew(), config.background))
 
 # %% ../../nbs/6_train/1_loop.ipynb #56ea16dd
-def save_run(run: Run, folder: Path, row: Mapping[str, Any], log: "MetricsLog") -> int:
-    "Write a checkpoint of a run at a step border; returns the step."
+def save_run(run: Run, folder: Path, row: Mapping[str, Any], log: "MetricsLog", border: tuple | None = None) -> int:
+    "Write a checkpoint of a run at a step border (`border`: data order and dice as they were there); returns the step."
+    order, dice = border or (run.order.state_dict(), checkpoints.random_state())
     log.sync()
     run.saver.wait()   # the crew has one channel
-    everyone = run.saver.crew.everybody(checkpoints.random_state())   # each process throws its own dice
+    everyone = run.saver.crew.everybody(dice)   # each process throws its own dice
     generators = {f"{name}@{number}" if number else name: value for number, (tensors, _) in enumerate(everyone)
                   for name, value in tensors.items()}
     state = {"config": asdict(run.config), "total_steps": run.total_steps, "precision": precision_name(run.plan),
-             "order": run.order.state_dict(), "seconds": run.seconds, "scaler": run.scaler.state_dict(),
+             "order": order, "seconds": run.seconds, "scaler": run.scaler.state_dict(),
              "random": [numbers for _, numbers in everyone], "frozen": run.frozen}
     tensors = run.team.tensors(run) | {"random": generators}
     metric = run.config.best_metric
@@ -847,13 +851,28 @@ def _look_for_checkpoint(folder: Path, config: TrainingConfig) -> checkpoints.Ch
                                           "remove the folder or choose another one")
     return None
 
+# %% ../../nbs/6_train/1_loop.ipynb #16dd36fa
+@contextmanager
+def last_good(run: Run, folder: Path, row: Mapping[str, Any], log: MetricsLog, saved_at: int):
+    "Around an update: where its loss is no number, what was learned before it is saved, unless it is broken too."
+    try:
+        yield
+    except LossError as error:
+        parts = (one.to_local() if hasattr(one, "to_local") else one for one in run.parameters)
+        broken = run.team.anybody(not all(part.isfinite().all() for part in parts))
+        if not run.config.save or run.step == saved_at or broken:
+            raise
+        save_run(run, folder, row, log, run.border)
+        run.saver.wait()
+        raise LossError(f"{error}, saved in {folder}") from None
+
 # %% ../../nbs/6_train/1_loop.ipynb #80c63aa9
 def _loop(run: Run, folder: Path, log: MetricsLog, loss_function, on_step, wish) -> None:
     "Step, log, save, until the end or until somebody wishes to stop."
     saved_at, row, config, stop, logged = run.step, {}, run.config, False, run.step
     with progress_bar(run) as bar:
         while config.max_steps is None or run.step < run.total_steps:   # epochs end where their data end
-            with run.team.watch(run.step):
+            with run.team.watch(run.step), last_good(run, folder, row, log, saved_at):
                 stop = run.team.anybody(wish.stop)
                 new = None if stop else train_step(run, loss_function)
             if not new:
