@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -608,6 +607,7 @@ class Batches:
         self.sizes = measure(dataset, processor, skip) if sizes is None else sizes
         check_sizes(self.sizes, dataset, settings)
         self.epoch, self.batch, self._planned = 0, 0, (-1, [])
+        self.fingerprint = fingerprint(self.sizes, settings)
 
     @property
     def left_out(self) -> list[str]:
@@ -650,10 +650,6 @@ class Batches:
         "Where we are, and a fingerprint of the plan, as plain JSON values."
         return {"epoch": self.epoch, "batch": self.batch, "accumulation": self.settings.accumulation,
                 "fingerprint": self.fingerprint}
-
-    @cached_property
-    def fingerprint(self) -> dict[str, Any]:
-        return fingerprint(self.sizes, self.settings)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         "Go on exactly where that state was saved. ValueError, naming what differs, if the plan is another one."
