@@ -377,8 +377,7 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="DIR", help="the model to train")
     parser.add_argument("--data", metavar="FILE", help="LLaVA-format records, JSON or JSONL")
     parser.add_argument("--images", metavar="DIR", help="the folder of the images (default: the records' own)")
-    parser.add_argument("--out", metavar="DIR",
-                        help="folder of the run; gets DIR/model, or with adapters DIR/adapter")
+    parser.add_argument("--out", metavar="DIR", help="folder of the run; gets DIR/model, or with adapters DIR/adapter")
     parser.add_argument("--recipe", default="llava-v1.5-7b",
                         help="a published recipe, also with its stage: cambrian-8b-stage2 (default: llava-v1.5-7b)")
     parser.add_argument("--stage", default="finetune", help="pretrain or finetune (default: finetune)")
@@ -388,10 +387,11 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--learning-rate", type=number, help="instead of the recipe's")
     parser.add_argument("--steps", type=positive, help="updates, instead of the recipe's epochs")
     parser.add_argument("--lora", action="store_true", help="adapters in the place of the language model's own weights")
-    parser.add_argument("--rank", type=positive,
-                        help="of the adapters, alpha is twice as much (default: the recipe's 128)")
+    parser.add_argument("--rank", type=positive, help="of the adapters, alpha is twice as much (default: 128)")
     parser.add_argument("--quantize", choices=("nf4", "int8"), help="keep the frozen language model in 4 or 8 bits")
     parser.add_argument("--optimizer", choices=("adamw", "adamw_8bit", "muon"), help="instead of AdamW")
+    parser.add_argument("--keep-features", action="store_true",
+                        help="ask the frozen towers once a picture and keep what they say (for several epochs)")
     parser.add_argument("--plan", metavar="FILE", help="how many devices share the work, written by mllm plan --out")
     parser.add_argument("--dry-run", action="store_true",
                         help="build the model without memory, check data, print plan and commands; train nothing")

@@ -603,6 +603,21 @@ def test_train_merge_export_and_chat(folders, tmp_path, capsys):
     assert "make a whole model of it first: mllm merge" in capsys.readouterr().err
 
 
+def test_kept_features_give_the_same_run(folders, tmp_path, monkeypatch):
+    from mllm_nb.training.loop import read_metrics
+    from mllm_nb.vision import towers
+    records, see, looks, losses = write_records(tmp_path), towers.see, [], []
+    monkeypatch.setattr(towers, "see", lambda tower, pixels: looks.append(len(pixels)) or see(tower, pixels))
+    for options in ([], ["--keep-features"]):   # four updates of two records: two epochs
+        run = tmp_path / f"run{len(options)}"
+        assert command.main(["train", "--model", str(folders[0] / "base"), "--data", str(records), "--images", str(tmp_path), "--out",
+                             str(run), "--steps", "4", "--batch", "2", "--per-device", "2", "--rank", "4", *options]) == 0
+        losses += [[row["loss"] for row in read_metrics(run / "metrics.jsonl")]]
+        looks.append("end")
+    assert sum(looks[:looks.index("end")]) == 8 and sum(looks[looks.index("end") + 1:-1]) == 4
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3) and len(losses[0]) == 4
+
+
 @pytest.mark.parametrize("options, message", [
     (["--recipe", "nothing"], "--recipe: found nothing, expected one of"), (["--stage", "middle"], "expected one of pretrain, finetune"),
     (["--stage", "pretrain", "--lora"], "expected the language model among them")])

@@ -14,7 +14,7 @@ from mllm_nb.mllm import MLLM
 from mllm_nb.papers import cambrian
 from mllm_nb.papers.cambrian import (
     ARMS, CAMBRIAN_ALIGN, CAMBRIAN_TUNE, CLAIM_STEPS, CLAIMS, ENCODERS, assemble_miniature, differences,
-    encoder_products, looking_cost, remembering, run_claims, token_budget, with_room)
+    encoder_products, looking_cost, run_claims, token_budget, with_room)
 from mllm_nb.papers.llava import manifest_shapes
 from mllm_nb.samples import samples_path
 from mllm_nb.training.miniatures import Trained, pictures_per_row
@@ -55,33 +55,6 @@ def test_less_looking_costs_less_and_misfits_are_refused():
 @pytest.fixture(scope="module")
 def small():
     return assemble_miniature(("contrastive",), queries=16, samplers=1)
-
-
-def test_a_remembering_tower_looks_once_and_says_the_same(small):
-    model, looks, memory = small[0], [], {}
-    tower = model.towers[0]
-    handle = tower.register_forward_hook(lambda module, inputs, output: looks.append(len(inputs[0])))
-    views = torch.rand(3, 3, 128, 128)
-    with torch.no_grad():
-        plain = tower(views)
-        with remembering(model, memory):
-            first, again = model.towers[0](views), model.towers[0](views[[2, 0, 2]])
-            more = model.towers[0](torch.cat([views[:1], 1 - views[:1]]))
-    handle.remove()
-    assert looks == [3, 3, 1] and model.towers[0] is tower and len(memory[tower.config]) == 4
-    torch.testing.assert_close(first.grid, plain.grid, atol=1e-2, rtol=1e-3)
-    assert torch.equal(again.grid, first.grid[[2, 0, 2]]) and torch.equal(more.grid[0], first.grid[0])
-    assert first.mask.all() and first.mask.shape == plain.mask.shape
-
-
-def test_remembering_ends_with_its_block_even_after_an_error(small):
-    tower = small[0].towers[0]
-    with pytest.raises(RuntimeError, match="stop"):
-        with remembering(small[0]):
-            assert small[0].towers[0] is not tower
-            raise RuntimeError("stop")
-    assert small[0].towers[0] is tower and all(name.startswith("towers.0.vit.") for name, _ in
-                                               small[0].named_parameters() if name.startswith("towers"))
 
 
 def test_fewer_visual_tokens_get_shorter_rows_not_more_pictures(small):

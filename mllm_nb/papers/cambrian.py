@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['TOWER_WIDTHS', 'PUBLISHED', 'SAMPLERS', 'TOWERS', 'SEEN', 'CAMBRIAN_ALIGN', 'CAMBRIAN_TUNE', 'ARMS', 'CLAIMS',
            'CLAIM_STEPS', 'ENCODERS', 'Elsewhere', 'cambrian_config', 'assemble', 'load_cambrian', 'cover',
-           'assemble_miniature', 'begin', 'Remembering', 'remembering', 'with_room', 'train_miniature', 'run_claims',
-           'differences', 'encoder_products', 'language_cost', 'looking_cost', 'token_budget']
+           'assemble_miniature', 'begin', 'with_room', 'train_miniature', 'run_claims', 'differences',
+           'encoder_products', 'language_cost', 'looking_cost', 'token_budget']
 
 # %% ../../nbs/9_papers/3_cambrian.ipynb #e01534e8
 import math
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -36,7 +35,7 @@ from mllm_nb.training.miniatures import (
     ALIGN, TUNE, Lesson, Trained, give_lessons, load_language, load_tokenizer, load_tower, miniature_processor,
     pictures_per_row)
 from ..vision.convnext import ConvNeXtConfig
-from ..vision.towers import Features, Tower, TowerConfig, cambrian_tower, padding_mask
+from ..vision.towers import TowerConfig, cambrian_tower, remembering
 from ..vision.vit import ViTConfig
 
 # %% ../../nbs/9_papers/3_cambrian.ipynb #db54c0db
@@ -174,34 +173,6 @@ def begin(model: MLLM) -> MLLM:
         nn.init.zeros_(sampler.layers[-1].proj_out.linear_2.weight)
     return model
 
-# %% ../../nbs/9_papers/3_cambrian.ipynb #ceaa1f4f
-class Remembering(nn.Module):
-    """A frozen tower that looks at each picture once: its features are kept in fp16 and found again by the pixels.
-    `memory` may be shared by models with the same tower."""
-    def __init__(self, tower: Tower, memory: dict):
-        super().__init__()
-        self.tower, self.width, self.config = tower, tower.width, tower.config
-        self.memory = memory.setdefault(tower.config, {})
-
-    def forward(self, pixels, image_sizes=None) -> Features:
-        keys = [hash(view.tobytes()) for view in pixels.detach().cpu().numpy()]
-        new = [number for number, key in enumerate(keys) if key not in self.memory]
-        if new:
-            self.memory.update(zip((keys[number] for number in new), self.tower(pixels[new]).grid.half()))
-        grid = torch.stack([self.memory[key].to(pixels) for key in keys])
-        return Features(grid, padding_mask(grid, image_sizes))
-
-
-@contextmanager
-def remembering(model: MLLM, memory: dict | None = None) -> Iterator[None]:
-    "While inside, the model's towers remember what they have seen."
-    towers, memory = list(model.towers), {} if memory is None else memory
-    try:
-        model.towers = nn.ModuleList(Remembering(tower, memory) for tower in towers)
-        yield
-    finally:
-        model.towers = nn.ModuleList(towers)
-
 # %% ../../nbs/9_papers/3_cambrian.ipynb #0aac4dcc
 CAMBRIAN_ALIGN = replace(ALIGN, steps=210, rows=4, connector_rate=1e-2, trains=f"{ALIGN.trains}|{SAMPLERS}")
 CAMBRIAN_TUNE = replace(TUNE, steps=340, rows=4, connector_rate=2.5e-3, trains=f"{TUNE.trains}|{SAMPLERS}")
@@ -216,13 +187,13 @@ def with_room(lesson: Lesson, processor: Processor) -> Lesson:
 def train_miniature(folder: str | Path, seed: int = 0, align_steps: int | None = None, tune_steps: int | None = None,
                     memory: dict | None = None, **settings) -> Trained:
     """Cambrian-1 in miniature, from the shipped parts through both lessons. `settings`: those of `assemble_miniature`,
-    and TrainingConfig fields; `memory`: see `Remembering`."""
+    and TrainingConfig fields; `memory`: see `remembering`."""
     start = time.perf_counter()
     names = ("towers", "queries", "samplers", "connector", "windowed")
     model, processor = assemble_miniature(seed=seed, **{name: settings.pop(name) for name in names if name in settings})
     lessons = [(with_room(lesson, processor), steps) for lesson, steps in
                ((CAMBRIAN_ALIGN, align_steps), (CAMBRIAN_TUNE, tune_steps))]
-    with remembering(model, memory):
+    with remembering(model.towers, memory):
         histories = give_lessons(model, processor, lessons, folder, seed, **settings)
     return Trained(model, processor, histories, time.perf_counter() - start, processor.rows_per_view)
 
@@ -251,7 +222,7 @@ def run_claims(folder: str | Path, seeds: Sequence[int] = (0, 1, 2), questions: 
     def trial(name: str, memory: dict, seed: int) -> dict[str, Any]:
         settings = {"progress": False, "memory": memory} | CLAIM_STEPS | arms[name] | changes
         trained = train_miniature(Path(folder) / name.replace(" ", "_") / str(seed), seed, **settings)
-        with remembering(trained.model, memory):
+        with remembering(trained.model.towers, memory):
             right = right_answers(trained.model, HeldOut.make(trained.processor, questions))
         return {"accuracy": mean(right), "right": "".join("01"[one] for one in right)}
 

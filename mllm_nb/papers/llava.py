@@ -52,7 +52,7 @@ from ..training.loop import TrainingConfig, accumulation, plan_for, train
 from ..training.miniatures import ALIGN, TUNE, Trained, assemble_miniature, give_lessons
 from ..training.parallel import Plan, PlanError, Single, gather_trained, set_dtypes, team_of
 from ..training.recipes import RECIPES, Stage, recipe_and_stage, training_config
-from ..vision.towers import Tower, TowerConfig, build_encoder, find_preprocess
+from ..vision.towers import Tower, TowerConfig, build_encoder, find_preprocess, remembering
 from ..vision.vit import ViTConfig, load_transformers_state, transformers_state
 
 # %% ../../nbs/9_papers/1_llava.ipynb #32aaa93f
@@ -727,8 +727,10 @@ def stage_plan(arguments: Any, batch: int) -> Plan | None:
     if plan.global_batch != batch:
         raise PlanError(f"{arguments.plan}: found a plan for a global batch of {plan.global_batch}, expected {batch}; "
                         f"say --batch {plan.global_batch} or make another plan (mllm plan)")
-    if arguments.quantize and plan.sharding in ("fsdp", "tp"):
-        raise PlanError(f"{arguments.plan}: found sharding {plan.sharding} with --quantize, expected none or ddp")
+    for name in ("quantize", "keep_features"):
+        if getattr(arguments, name) and plan.sharding in ("fsdp", "tp"):
+            raise PlanError(f"{arguments.plan}: found sharding {plan.sharding} with --{name.replace('_', '-')}, "
+                            "expected none or ddp")
     return plan
 
 # %% ../../nbs/9_papers/1_llava.ipynb #14201b3e
@@ -789,10 +791,9 @@ def train_on_records(arguments: Any) -> int:
     team = team_of(plan) if plan else Single()
     records, skip = good_records(arguments.data, arguments.images, arguments.skip_bad)
     config = plan.config(stage_config(arguments, stage)) if plan else stage_config(arguments, stage)
-    # what learns is kept in fp32; weights that stay may be as short as what they are computed in
-    dtype = plan_for(config).dtype if adapters else torch.float32
     by_unit = plan is not None and plan.sharding == "fsdp"   # cast and cut layer by layer: no process holds it all
-    dtype = None if by_unit else dtype
+    # what learns is kept in fp32; weights that stay may be as short as what they are computed in
+    dtype = None if by_unit else plan_for(config).dtype if adapters else torch.float32
     model = load_llava(arguments.model, base=arguments.base, vision_tower=arguments.vision_tower, dtype=dtype)
     processor = processor_for(model, open_tokenizer(arguments.base or arguments.model), too_long="truncate",
                               images_first=True)
@@ -803,8 +804,9 @@ def train_on_records(arguments: Any) -> int:
         set_dtypes(model, config.groups, plan.precision)
     if plan:
         save_plan(plan, Path(arguments.out), team.leads)
-    train(model, batches_of(records, skip, processor, config, stage, team), config, arguments.out,
-          plan=plan and plan.device_plan(), team=team)
+    with remembering(model.towers if arguments.keep_features else ()):
+        train(model, batches_of(records, skip, processor, config, stage, team), config, arguments.out,
+              plan=plan and plan.device_plan(), team=team)
     save_trained(model, arguments, adapters, team.leads)
     team.leave()
     return 0
