@@ -123,14 +123,15 @@ def golden_features(golden: Golden, sizes: Sequence[tuple[int, int]]) -> tuple[l
 # %% ../nbs/appendix/parity_cambrian.ipynb #bc4c53c8
 def cambrian_rows(model: MLLM, samples: Sequence[tuple[list[int], list[int]]], sizes: Sequence[tuple[int, int]],
                   longest: int | None = None) -> list[tuple[list[int], list[int], list[int]]]:
-    "Ids, labels and image_index of every sample; as in the original, each one uses up a picture."
-    cells, rows = image_cells(model), []
+    "Ids, labels and image_index of every sample; as in the original, one without a picture uses one up as well."
+    cells, rows, picture = image_cells(model), [], 0
     side = math.isqrt(cells)
-    for number, (ids, labels) in enumerate(samples):
+    for ids, labels in samples:
         count = ids.count(IMAGE_TOKEN_ID)
-        layouts = [image_layout("unpad", sizes[number], (side, side))] * count
-        wide = expand_images(ids, labels, layouts, [cells] * count, first_row=number * cells)
+        layouts = [image_layout("unpad", size, (side, side)) for size in sizes[picture:picture + count]]
+        wide = expand_images(ids, labels, layouts, [cells] * count, first_row=picture * cells)
         rows.append([values[:longest] for values in wide])
+        picture += max(count, 1)
     return rows
 
 
@@ -238,13 +239,14 @@ def pad_like(rows: Sequence[Tensor], shape: Tensor, fill: float) -> Tensor:
 # %% ../nbs/appendix/parity_cambrian.ipynb #9726b93a
 def greedy_case(golden: Golden, name: str, case: Mapping[str, Any], source: Golden) -> None:
     "One prompt of a model whose weights and features are in `source`."
-    model, number = golden_model(source), case["sample"]
+    model = golden_model(source)
+    before = source["in.input_ids"].tolist()[:case["sample"]] if "in.input_ids" in source else [[]] * case["sample"]
+    number = sum(max(row.count(IMAGE_TOKEN_ID), 1) for row in before)
     sizes = [tuple(size) for size in source.settings["config"]["image_sizes"]]
     sizes[number] = tuple(case.get("image_size") or sizes[number])
     _, features = golden_features(source, sizes)
     prompt, expected = case["prompt_input_ids"], case["greedy_ids"]
-    blank = [([], [])] * number
-    row = cambrian_rows(model, [*blank, (prompt, [IGNORE] * len(prompt))], sizes)[number]
+    row = cambrian_rows(model, [*[([], [])] * number, (prompt, [IGNORE] * len(prompt))], sizes)[number]
     ids, index = torch.tensor([row[0]]), torch.tensor([row[2]])
     longer = torch.cat([ids, torch.tensor([expected[:-1]], dtype=torch.long)], dim=1)
     places = torch.cat([index, torch.full((1, len(expected) - 1), -1)], dim=1)

@@ -205,3 +205,38 @@ def test_other_shapes(tmp_path, name):
     make_case(tmp_path, **VARIANTS[name])
     result = run_case(tmp_path, {"id": name, "system": "llava", "kind": "parity", "component": "model", "files": ["case.json", "case.safetensors"]})
     assert result.status == "passed", result.line()
+
+
+# --- rows of a case that the files of the book do not have
+
+def test_cambrian_s_pictures_are_used_up_in_order():
+    from types import SimpleNamespace
+    from mllm_nb.parity_cambrian import cambrian_rows
+    model = SimpleNamespace(config=SimpleNamespace(connector=SimpleNamespace(image_token_len=4)))
+    samples = [([5, -200, 6, -200], [-100] * 4), ([7], [7]), ([-200, 8], [-100, 8])]
+    two, text, last = cambrian_rows(model, samples, [(1, 1), (4, 2), (1, 1), (2, 4)])
+    assert two[2] == [-1, 0, 1, -2, 2, 3, -2, -1, 4, 5, -2, 6, 7, -2]     # a floor keeps the row in the middle whole
+    assert text[2] == [-1] and last[2] == [12, 13, -2, 14, 15, -2, -1]    # the sample of words used up picture 2
+
+
+@pytest.mark.parametrize("spoil", [0.0, 1.0])
+def test_gradients_of_fused_projections_are_joined(spoil):
+    from mllm_nb.mllm import MLLM, MLLMConfig
+    from mllm_nb.language.decoder import DecoderConfig
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="zero-element"):    # no towers: a projector of nothing
+        model = MLLM(MLLMConfig(DecoderConfig(12, 8, 8, 1, 2), model_type="cambrian_phi3"))
+    ids = torch.tensor([[1, 2, 3, 4]])
+    inputs = dict(input_ids=ids, pixels=[], image_index=torch.full((1, 4), -1), labels=ids)
+    model(**inputs).loss.backward()
+    layer = model.language.model.layers[0]
+    parts = {"self_attn.qkv_proj": [layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj],
+             "mlp.gate_up_proj": [layer.mlp.gate_proj, layer.mlp.up_proj]}
+    golden = Golden(GOLDEN, [])
+    golden.tensors = {f"grad.weights.model.layers.0.{name}.weight": torch.cat([one.weight.grad for one in own]).clone()
+                      for name, own in parts.items()}
+    golden.tensors["grad.weights.model.layers.0.mlp.gate_up_proj.weight"][-1, -1] += spoil
+    model.zero_grad()
+    parity.compare_gradients(golden, model, model(**inputs).loss)
+    assert [check.passed for check in golden.checks] == [True, not spoil] and not golden.forgotten
+

@@ -3,9 +3,11 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from mllm_nb.drawing.vqgan import (CodeCare, Quantizer, VQGAN, VQGANConfig, VQGANTeacher, cluster, colour_loss, interest,
+from mllm_nb.drawing.vqgan import (CodeCare, MaskGIT, MaskGITConfig, Quantizer, VQGAN, VQGANConfig, VQGANTeacher, cluster,
+                                   colour_loss, interest,
                                    load_vqgan, missed_by, nearest_codes,
                                    save_vqgan)
 from mllm_nb.evaluation.metrics import code_usage, perplexity, psnr, ssim
@@ -33,7 +35,7 @@ def test_nearest_is_nearest():
 @torch.no_grad()
 def test_there_and_back_at_any_size(changes):
     model = tiny(**changes)
-    for height, width in ((16, 16), (8, 24), (2, 2)):
+    for height, width in ((16, 16), (8, 24), (8, 12), (2, 2)):    # 4 x 6: as many rows as a square would have, but no square
         codes = model.encode(torch.rand(2, 3, height, width))
         assert codes.shape == (2, height * width // 4) and codes.max() < 16
         assert model.decode(codes, rows=height // 2).shape == (2, 3, height, width)
@@ -183,3 +185,68 @@ def test_metrics():
     with pytest.raises(ValueError, match="expected some on both sides"):
         perplexity(torch.zeros(1, 4, 9), torch.zeros(1, 4, dtype=torch.long), 4)
     assert abs(perplexity(torch.zeros(1, 4, 9), torch.zeros(1, 4, dtype=torch.long), 2).item() - 9) < 1e-4
+
+
+# MaskGIT's class, layer by layer as open-muse runs it
+
+def published_maskgit(state, config, start, names, legacy):
+    "The convolutions of one half by their published names: `names` are levels in the order in which they run."
+    def norm(x, name):
+        return F.silu(F.group_norm(x, config.norm_groups, state[f"{name}.weight"], state[f"{name}.bias"], 1e-6))
+
+    def conv(x, name):
+        weight = state[f"{name}.weight"]
+        return F.conv2d(x, weight, state.get(f"{name}.bias"), padding=weight.shape[-1] // 2)
+
+    def blocks(x, name):
+        for number in range(config.num_res_blocks):
+            at = f"{name}.{number}"
+            y = conv(norm(conv(norm(x, f"{at}.norm1"), f"{at}.conv1"), f"{at}.norm2"), f"{at}.conv2")
+            x = y + (conv(y if legacy else x, f"{at}.nin_shortcut") if f"{at}.nin_shortcut.weight" in state else x)
+        return x
+
+    def run(x):
+        side = start.split(".")[0]
+        x = conv(x, f"{side}.conv_in")
+        if side == "decoder":
+            x = blocks(x, "decoder.mid")
+        for level in names:
+            x = blocks(x, f"{start}.{level}.block")
+            if side == "encoder" and level != names[-1]:
+                x = F.avg_pool2d(x, 2)
+            if side == "decoder" and level != names[-1]:
+                x = conv(x.repeat_interleave(2, 2).repeat_interleave(2, 3), f"{start}.{level}.upsample_conv")
+        if side == "encoder":
+            x = blocks(x, "encoder.mid")
+        return conv(norm(x, f"{side}.norm_out"), f"{side}.conv_out")
+    return run
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+@torch.no_grad()
+def test_maskgit_s_tokenizer_is_the_published_one(legacy, tmp_path):
+    torch.manual_seed(0)
+    settings = TINY | {"channel_mult": (1, 2, 1), "num_res_blocks": 2, "attn_resolutions": (16,)}
+    model = MaskGIT(MaskGITConfig(**settings, legacy_shortcut=legacy)).eval()
+    for weight in model.parameters():
+        weight += 0.1 * torch.randn_like(weight)
+    state, pixels = model.state_dict(), torch.rand(2, 3, 16, 24)
+    assert state["encoder.down.1.block.0.nin_shortcut.weight"].shape == (16, 16 if legacy else 8, 1, 1)
+    latents = published_maskgit(state, model.config, "encoder.down", (0, 1, 2), legacy)(pixels)
+    torch.testing.assert_close(model.latents(pixels), latents)
+    flat = latents.flatten(2).mT
+    distances = torch.cdist(flat, state["quantize.embedding.weight"].expand(2, -1, -1)) ** 2
+    codes = model.encode(pixels)
+    assert torch.equal(codes, distances.argmin(-1))
+    torch.testing.assert_close(model.soft_codes(pixels, 0.5), (-distances / 0.5).softmax(-1), atol=1e-5, rtol=1e-4)
+    vectors = state["quantize.embedding.weight"][codes].mT.unflatten(2, latents.shape[2:])
+    painted = published_maskgit(state, model.config, "decoder.up", (2, 1, 0), legacy)(vectors)
+    torch.testing.assert_close(model.decode(codes, rows=4), painted)
+    save_vqgan(model, tmp_path)
+    again = load_vqgan(tmp_path)
+    assert type(again) is MaskGIT and again.config == model.config and torch.equal(again.encode(pixels), codes)
+
+
+def test_maskgit_needs_codes_as_wide_as_its_latents():
+    with pytest.raises(ValueError, match="z_channels: found 4, expected 8"):
+        MaskGITConfig(**TINY | {"quantized_embed_dim": 8})
