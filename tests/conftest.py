@@ -17,6 +17,18 @@ hypothesis.settings.register_profile("search", deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
 
 
+def decided_decoder(**config):
+    "A small random decoder with larger weights: no two next words are as likely to the last digit."
+    import torch
+    from mllm_nb.language.decoder import Decoder, DecoderConfig
+    torch.manual_seed(0)
+    decoder = Decoder(DecoderConfig(**{"num_hidden_layers": 2, "num_attention_heads": 2} | config)).eval()
+    with torch.no_grad():
+        for weight in decoder.parameters():
+            weight.mul_(4 if weight.ndim > 1 else 1)
+    return decoder
+
+
 def browser_path() -> str | None:
     "A Chromium of this machine: the variable CHROMIUM, or the first known name on the PATH."
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")

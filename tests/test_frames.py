@@ -4,22 +4,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import decided_decoder
 from mllm_nb.drawing.frames import FrameWriter, known_part, rows_like
 from mllm_nb.drawing.visual_sentences import writing_windows
-from mllm_nb.language.decoder import Decoder, DecoderConfig
+from mllm_nb.language.decoder import Decoder
 from mllm_nb.language.generate import PackedDecoder, Sampling, generate
 
 CODES, WORDS = 20, 6
 
 
 def small(**changes) -> Decoder:
-    torch.manual_seed(0)
-    config = dict(vocab_size=24, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2)
-    decoder = Decoder(DecoderConfig(**config | changes)).eval()
-    with torch.no_grad():
-        for weight in decoder.parameters():   # larger scores: no two words are as good to the last digit
-            weight.mul_(4 if weight.ndim > 1 else 1)
-    return decoder
+    return decided_decoder(**{"vocab_size": 24, "hidden_size": 64, "intermediate_size": 96} | changes)
 
 
 def film(frames: int, seed: int = 0) -> torch.Tensor:

@@ -4,25 +4,20 @@ import math
 import pytest
 import torch
 
+from conftest import decided_decoder
 from mllm_nb.drawing.vqgan import VQGAN, VQGANConfig
 from mllm_nb.evaluation.metrics import perplexity
 from mllm_nb.evaluation.visual import (
     candidate_errors, draw_candidates, examine_task, in_context_gain, place_curve, same_answer_curve, shot_curve,
     show_table, target_perplexity, word_losses)
-from mllm_nb.language.decoder import Decoder, DecoderConfig
+from mllm_nb.language.decoder import Decoder
 from mllm_nb.language.generate import Sampling
 
 CODES, WORDS = 16, 4
 
 
 def decoder(**changes) -> Decoder:
-    torch.manual_seed(0)
-    config = dict(vocab_size=19, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
-    made = Decoder(DecoderConfig(**config | changes)).eval()
-    with torch.no_grad():
-        for weight in made.parameters():
-            weight.mul_(4 if weight.ndim > 1 else 1)
-    return made
+    return decided_decoder(**{"vocab_size": 19, "hidden_size": 32, "intermediate_size": 48} | changes)
 
 
 def tokenizer() -> VQGAN:

@@ -22,10 +22,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..data.world import COLOURS, SHAPES, SIDE, Objects, make_picture
-from .loop import TrainingConfig, train
-from mllm_nb.training.miniatures import (
+from .loop import train
+from .miniatures import (
     BLANK, MINIATURE_IMAGES, PICTURES, ContrastiveTeacher, LossAndCount, Matching, load_language, load_tokenizer,
-    matching_losses, part)
+    matching_losses, part, part_config)
 from ..vision.convnext import ConvNeXt, ConvNeXtConfig
 from ..vision.patches import patchify
 from ..vision.towers import Tower, TowerConfig, merge_stages
@@ -127,9 +127,7 @@ def pretrain_masked(folder: str | Path, steps: int = 1500, seed: int = 0, **chan
     "Train the miniature masked autoencoder; `mllm part masked` calls this."
     torch.manual_seed(seed)
     model = MaskedAutoencoder(ViT(masked_config()))
-    config = TrainingConfig(learning_rate=2e-3, max_steps=steps, optimizer="muon", schedule="linear",
-                            warmup_steps=min(100, steps // 10), betas=(.9, .95), weight_decay=.01, seed=seed,
-                            **{"save_every": 250} | changes)
+    config = part_config(2e-3, steps, seed, **{"betas": (.9, .95)} | changes)
     train(model, PictureBatches(), config, folder, loss_function=lambda model, batch: model(batch))
     return model
 
@@ -271,9 +269,7 @@ def pretrain_convnext(folder: str | Path, steps: int = 800, seed: int = 0, **cha
     "Train the miniature convolution; `mllm part convnext` calls this."
     torch.manual_seed(seed)
     teacher = DetailTeacher(ConvNeXt(convnext_config()))
-    config = TrainingConfig(learning_rate=3e-3, max_steps=steps, optimizer="muon", schedule="linear",
-                            warmup_steps=min(50, steps // 10), betas=(.9, .98), weight_decay=.01, seed=seed,
-                            **{"save_every": 250} | changes)
+    config = part_config(3e-3, steps, seed, **{"warmup_steps": min(50, steps // 10)} | changes)
     train(teacher, DetailBatches(48, 13), config, folder, loss_function=lambda model, batch: model(batch))
     return teacher.vit
 

@@ -6,10 +6,10 @@
 __all__ = ['BLANK', 'LANGUAGE_PHASES', 'PICTURES', 'BUILDERS', 'CONNECTOR', 'LANGUAGE', 'ALIGN', 'TUNE', 'MINIATURE_IMAGES',
            'part', 'load_tokenizer', 'load_language', 'load_tower', 'phrases_of', 'middle_cell', 'words_by_cell',
            'Lines', 'text_example', 'slots', 'all_tokens_loss', 'read', 'TextBatch', 'LossAndCount', 'TextRows',
-           'language_config', 'Phase', 'pretrain_language', 'Matching', 'matching_batch', 'matching_losses',
-           'ContrastiveTeacher', 'MatchingBatches', 'encoder_config', 'pretrain_contrastive', 'rebuild_language',
-           'rebuild_contrastive', 'rebuild_part', 'Lesson', 'miniature_processor', 'assemble_miniature', 'Trained',
-           'teach', 'give_lessons', 'pictures_per_row']
+           'language_config', 'Phase', 'part_config', 'pretrain_language', 'Matching', 'matching_batch',
+           'matching_losses', 'ContrastiveTeacher', 'MatchingBatches', 'encoder_config', 'pretrain_contrastive',
+           'rebuild_language', 'rebuild_contrastive', 'rebuild_part', 'Lesson', 'miniature_processor',
+           'assemble_miniature', 'Trained', 'teach', 'give_lessons', 'pictures_per_row']
 
 # %% ../../nbs/6_train/6_miniatures.ipynb #58e18ef9
 import json
@@ -222,6 +222,13 @@ LANGUAGE_PHASES = (Phase(6000, 3e-3), Phase(1200, 1.5e-3, Lines(retold=.35)),
                    Phase(2000, 2e-3, Lines(.35, .6, FAMILIES | {Chart: .20, Program: .16})))
 
 # %% ../../nbs/6_train/6_miniatures.ipynb #c9cbd564
+def part_config(learning_rate: float, steps: int, seed: int, **changes) -> TrainingConfig:
+    "How parts are trained: Muon, a short warm-up and a straight way down, a checkpoint every 250 steps."
+    settings = {"optimizer": "muon", "schedule": "linear", "warmup_steps": min(100, steps // 10), "betas": (.9, .98),
+                "weight_decay": .01, "save_every": 250}
+    return TrainingConfig(learning_rate, max_steps=steps, seed=seed, **settings | changes)
+
+
 def pretrain_language(folder: str | Path, phases: Sequence[Phase] = LANGUAGE_PHASES, seed: int = 0,
                       **changes) -> Decoder:
     "Train the miniature language model on the world's text, phase by phase; `mllm part language` calls this."
@@ -229,10 +236,7 @@ def pretrain_language(folder: str | Path, phases: Sequence[Phase] = LANGUAGE_PHA
     tokenizer = load_tokenizer()
     decoder, processor = Decoder(language_config(tokenizer)), Processor(tokenizer, "miniature")
     for number, phase in enumerate(phases):
-        config = TrainingConfig(learning_rate=phase.learning_rate, max_steps=phase.steps, optimizer="muon",
-                                schedule="linear", warmup_steps=min(100, phase.steps // 10), betas=(.9, .98),
-                                weight_decay=.01, seed=seed,
-                                **{"save_every": 250} | changes)
+        config = part_config(phase.learning_rate, phase.steps, seed, **changes)
         rows = TextRows(processor, first=1_000_000 * number, lines=phase.lines)
         train(decoder, rows, config, Path(folder) / f"phase_{number + 1}", loss_function=all_tokens_loss)
     return decoder
@@ -340,10 +344,8 @@ def pretrain_contrastive(folder: str | Path, steps: int = 2000, seed: int = 0, *
     "Train the miniature contrastive encoder; `mllm part contrastive` calls this."
     torch.manual_seed(seed)
     teacher = ContrastiveTeacher(ViT(encoder_config()), load_tokenizer(), load_language().model.embed_tokens.weight)
-    config = TrainingConfig(learning_rate=2e-3, max_steps=steps, optimizer="muon", schedule="linear",
-                            warmup_steps=min(100, steps // 10),
-                            betas=(.9, .98), weight_decay=.01, seed=seed, **{"save_every": 250} | changes)
-    train(teacher, MatchingBatches(), config, folder, loss_function=lambda model, batch: model(batch))
+    train(teacher, MatchingBatches(), part_config(2e-3, steps, seed, **changes), folder,
+          loss_function=lambda model, batch: model(batch))
     return teacher.vit
 
 # %% ../../nbs/6_train/6_miniatures.ipynb #5a439298
