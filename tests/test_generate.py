@@ -160,6 +160,17 @@ def test_probabilities_equal_transformers(sampling):
     assert torch.allclose(next_token_probabilities(logits, sampling), expected.softmax(-1), atol=1e-6)
 
 
+@pytest.mark.parametrize("scale, p", [(1.0, 0.999), (8.0, 0.999), (8.0, 0.5), (0.01, 0.9), (3.0, 1.0)])
+def test_top_p_keeps_the_tokens_that_transformers_keeps(scale, p):
+    torch.manual_seed(0)
+    logits = scale * torch.randn(4, 20_000)
+    expected = TopPLogitsWarper(p)(None, logits - logits.amax(1, keepdim=True)) if p < 1 else logits
+    found = next_token_probabilities(logits, Sampling(1, top_p=p))
+    assert torch.equal(found > 0, expected.softmax(-1) > 0)
+    if p == 1:
+        assert (found > 0).all()     # none is lost although 20,000 small numbers have been summed
+
+
 def test_the_best_token_always_stays():
     logits = torch.tensor([[0.0, 50.0, 0.0]])
     for sampling in (Sampling(1, top_p=0.01), Sampling(1, top_k=1), Sampling(1, top_k=100)):

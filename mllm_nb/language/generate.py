@@ -68,10 +68,10 @@ def keep_top_k(logits: Float[Tensor, "batch vocabulary"], k: int) -> Float[Tenso
 
 def keep_top_p(logits: Float[Tensor, "batch vocabulary"], p: float) -> Float[Tensor, "batch vocabulary"]:
     "Tokens stay, best first, until they hold the probability `p` together; the best one always stays."
-    best_first, order = logits.sort(descending=True)
-    probability = best_first.softmax(dim=-1)
-    held_before = probability.cumsum(dim=-1) - probability
-    dropped = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, held_before >= p)
+    worst_first, order = logits.sort()   # small numbers are summed first, as transformers does: less is rounded away
+    dropped = worst_first.softmax(dim=-1).cumsum(dim=-1) <= 1 - p
+    dropped[:, -1] = False
+    dropped = torch.zeros_like(dropped).scatter(-1, order, dropped)
     return logits.masked_fill(dropped, -torch.inf)
 
 # %% ../../nbs/2_read/4_generate.ipynb #02e8d3bf
@@ -83,7 +83,7 @@ def next_token_probabilities(
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / sampling.temperature   # the best is 0: nothing overflows
     if sampling.top_k is not None:
         logits = keep_top_k(logits, sampling.top_k)
-    if sampling.top_p is not None:
+    if sampling.top_p is not None and sampling.top_p < 1:
         logits = keep_top_p(logits, sampling.top_p)
     return logits.softmax(dim=-1)
 
