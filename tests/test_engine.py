@@ -220,7 +220,7 @@ def test_sizes_times_compression_and_torn_answers(tmp_path):
         assert not list(tmp_path.rglob("*")) or all(path.is_dir() for path in tmp_path.rglob("*")), "nothing bad is kept"
 
 
-def test_politeness(tmp_path):
+def test_politeness(tmp_path, caplog):
     waits, tries = [], Counter()
     def answer(page):
         tries[page.path] += 1
@@ -232,6 +232,8 @@ def test_politeness(tmp_path):
         fetch = Fetcher(tmp_path, AGENT, replace(QUICK, between=3.0), sleep=waits.append)
         assert fetch(f"{here}/busy").data == AGENT.encode()
         assert waits.count(7.0) == 2 and any(2 < wait <= 3 for wait in waits), waits
+        said = [record.getMessage() for record in caplog.records]
+        assert len(said) == 2 and "status 503" in said[0] and said[1].endswith(f"; try 3 of {QUICK.tries} in 7 s"), said
         with pytest.raises(FetchError, match="100000"): fetch(f"{here}/never")
         with pytest.raises(FetchError, match="404.*not here"): fetch(f"{here}/gone")
         assert tries["/gone"] == 1 and tries["/never"] == 1

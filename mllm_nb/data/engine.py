@@ -12,7 +12,8 @@ __all__ = ['RAW', 'SKIPPED', 'SKIPPED_CLASSES', 'HEADINGS', 'BLOCKS', 'MARKS', '
            'EndpointWriter', 'EngineSettings', 'save_picture', 'pair_problem', 'Engine', 'show_engine', 'rewrite']
 
 # %% ../../nbs/5_data/5_engine.ipynb #ee185f3b
-import base64, hashlib, html, http.client, io, ipaddress, itertools, json, os, queue, re, socket, ssl
+import base64, hashlib, html, http.client, io, ipaddress, itertools, json, logging, os, queue, re
+import socket, ssl
 import threading, time
 import unicodedata
 import urllib.error, urllib.parse, urllib.request
@@ -362,6 +363,7 @@ def seconds_asked(headers: Mapping[str, str]) -> float | None:
     except (TypeError, ValueError, IndexError): return None
 
 PASSING = (408, 425, 429, 500, 502, 503, 504)                    # a later try may succeed
+LOG = logging.getLogger(__name__)
 
 # %% ../../nbs/5_data/5_engine.ipynb #3da406b4
 def ask_once(request: urllib.request.Request, limits: Limits) -> Fetched:
@@ -390,6 +392,7 @@ def with_tries(work: Callable[[], Any], limits: Limits, sleep: Callable[[float],
             if not error.again: raise
             if attempt + 1 == limits.tries: raise FetchError(f"{error} (tried {limits.tries} times)") from error
             if wait > limits.longest_wait: raise FetchError(f"{error}; the server asks to wait {wait:g} s") from error
+            if wait >= 1: LOG.warning("%s; try %d of %d in %g s", error, attempt + 2, limits.tries, wait)
             sleep(wait)
 
 # %% ../../nbs/5_data/5_engine.ipynb #8de96c75
