@@ -262,6 +262,29 @@ def test_a_batch_is_its_samples_end_to_end():
     assert not batch.pixels[0][first_view:].any()
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_batch_written_token_by_token(side):
+    "With rows of padding alone, an example of no token, and tables of different sizes."
+    chance = random.Random(5)
+    def made(length):
+        rows = chance.randint(0, 9)
+        index = [chance.randrange(-2, rows) for _ in range(length)]
+        values = [chance.randrange(3, 99) for _ in range(length)]
+        return Example("i", "n", torch.tensor(values).long(), torch.tensor(values).long() + 1, torch.tensor(index).long(), (), rows)
+    rows = [[made(chance.randint(1, 6)) for _ in range(count)] for count in (3, 0, 1, 4)] + [[made(4), made(0)], [made(2)]]
+    batch = collate(rows, 30, pad_id=2, side=side)
+    first = 0
+    for r, row in enumerate(rows):
+        places = []                                             # input_ids, labels, image_index, segments, positions
+        for number, example in enumerate(row, 1):
+            for at, (token, label, index) in enumerate(zip(*(v.tolist() for v in (example.input_ids, example.labels, example.image_index)))):
+                places.append((token, label if at else IGNORE, index + first if index >= 0 else index, number, at))
+            first += example.rows
+        padding = [(2, IGNORE, TEXT, 0, 0)] * (30 - len(places))
+        expected = places + padding if side == "right" else padding + places
+        assert list(zip(*(values[r].tolist() for values in list(batch.model_inputs().values())[:5]))) == expected
+
+
 def test_the_first_token_of_a_segment_is_never_a_target():
     example = Example("a", "a", torch.tensor([4, 5]), torch.tensor([4, 5]), torch.full((2,), TEXT), ())
     assert collate([[example, example]], 5).labels.tolist() == [[IGNORE, 5, IGNORE, 5, IGNORE]]

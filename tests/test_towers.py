@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import ROOT
-from mllm_nb.images import Preprocess, anyres_grid
+from mllm_nb.images import Preprocess, anyres_grid, unpad_box
 from mllm_nb.vision.towers import (Features, Tower, TowerConfig, image_layout, interpolate_grid, interpolate_tokens,
-                                   merge_stages, padding_mask, read_safetensors, remembering)
+                                   masks_at_once, merge_stages, padding_mask, read_safetensors, remembering)
 from mllm_nb.vision.vit import ViT, ViTConfig, load_transformers_state
 from safetensors.torch import load_file, save_file
 
@@ -32,6 +32,19 @@ def golden_tower(name: str, **changes) -> tuple[Tower, dict, dict]:
 def tower(seed: int = 0, **changes) -> Tower:
     torch.manual_seed(seed)
     return Tower(replace(CONFIG, **changes))
+
+
+@pytest.mark.parametrize("rows, columns", [(24, 24), (27, 27), (96, 96), (5, 9)])
+def test_masks_are_boxes_to_the_last_rounding(rows, columns):
+    "In the second line the formula hits a whole number only if it is computed in the original's order."
+    sizes = [(640, 480), (3, 2000), (2000, 3), (7, 7), (299, 300), (5 * 40, 9 * 40),
+             (535, 856), (332, 498), (668, 1002), (738, 1107), (255, 544), (493, 544)]
+    expected = torch.zeros(len(sizes), rows, columns, dtype=torch.bool)
+    for view, (top, bottom, left, right) in zip(expected, (unpad_box(size, rows, columns) for size in sizes)):
+        view[top:bottom, left:right] = True
+    grid = torch.zeros(len(sizes), rows, columns, 1)
+    for found in (padding_mask(grid, sizes), padding_mask(grid, torch.tensor(sizes)), masks_at_once(torch.tensor(sizes), rows, columns)):
+        assert torch.equal(found, expected)
 
 
 # what the originals compute

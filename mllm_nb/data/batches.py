@@ -183,7 +183,7 @@ class Example:
     dropped_turns: int = 0                                 # turns left out because the sample was too long
     image_sizes: tuple[tuple[int, int], ...] = ()          # (width, height) of each view, where padding counts
 
-    def __len__(self) -> int: return len(self.input_ids)
+    def __len__(self) -> int: return self.input_ids.shape[0]
     @property
     def views(self) -> int: return len(self.pixels[0]) if self.pixels else 0
 
@@ -440,43 +440,50 @@ def collate(
     pad_id: int = 0,
     side: str = "right",                     # where the padding goes; "left" for generation
 ) -> Batch:
-    "Lay examples end to end in rows of one length and number their views through. ValueError if they do not fit."
-    fields = {name: np.full((len(rows), length), fill) for name, fill in
-              zip(INTEGER_FIELDS, (pad_id, IGNORE, TEXT, 0, 0))}         # NumPy starts small copies ten times as fast
-    first_row, examples = 0, [example for row in rows for example in row]
+    "Lay examples end to end, cut the line into rows of one length. ValueError if a row's examples do not fit."
+    line, begin = end_to_end(rows), 0
+    fields = np.empty((len(INTEGER_FIELDS), len(rows), length), np.int64)
+    fields[:] = np.array((pad_id, IGNORE, TEXT, 0, 0))[:, None, None]
     for r, row in enumerate(rows):
-        if (used := sum(map(len, row))) > length:
+        if (used := sum([len(example) for example in row])) > length:
             names = ", ".join(example.name for example in row)
             raise ValueError(f"row {r}: found {used} tokens, expected at most {length}: {names}")
         at = 0 if side == "right" else length - used
-        for number, example in enumerate(row, 1):
-            write_example(fields, r, at, number, example, first_row)
-            at, first_row = at + len(example), first_row + example.rows
-    tensors = {name: torch.from_numpy(values) for name, values in fields.items()}
-    return Batch(**tensors, pixels=join_pixels(examples, views), image_sizes=join_sizes(examples, views),
-                 ids=tuple(tuple(e.id for e in row) for row in rows),
-                 names=tuple(tuple(e.name for e in row) for row in rows))
+        fields[:, r, at:at + used] = line[:, begin:begin + used]
+        begin += used
+    tensors, examples = map(torch.from_numpy, fields), [example for row in rows for example in row]
+    return Batch(*tensors, pixels=join_pixels(examples, views), image_sizes=join_sizes(examples, views),
+                 ids=tuple([tuple([e.id for e in row]) for row in rows]),
+                 names=tuple([tuple([e.name for e in row]) for row in rows]))
 
 # %% ../../nbs/5_data/3_batches.ipynb #0a592786
-def write_example(fields: dict[str, np.ndarray], row: int, at: int, number: int, example: Example, first: int) -> None:
-    "Put one example into its row at place `at`; its visual rows begin at `first`."
-    place, index = slice(at, at + len(example)), example.image_index.numpy()
-    fields["input_ids"][row, place] = example.input_ids.numpy()
-    fields["labels"][row, place] = example.labels.numpy()
-    fields["labels"][row, at:at + 1] = IGNORE                    # nothing before it may be asked to predict it
-    fields["image_index"][row, place] = np.where(index >= 0, index + first, index)
-    fields["segments"][row, place] = number
-    fields["positions"][row, place] = np.arange(len(example))
+def end_to_end(rows: Sequence[Sequence[Example]]) -> Int[np.ndarray, "fields tokens"]:
+    "All examples in one line, a line for each of INTEGER_FIELDS: joined once, since each small copy costs a call."
+    examples = [example for row in rows for example in row]
+    if not examples: return np.empty((len(INTEGER_FIELDS), 0), np.int64)
+    lengths, table_rows = np.array([(len(example), example.rows) for example in examples]).T
+    starts, first_rows = lengths.cumsum() - lengths, table_rows.cumsum() - table_rows
+    numbers = np.array([number for row in rows for number in range(1, len(row) + 1)])
+    line = np.empty((len(INTEGER_FIELDS), lengths.sum()), np.int64)
+    given = [getattr(example, name) for name in INTEGER_FIELDS[:3] for example in examples]
+    torch.cat(given, out=torch.from_numpy(line[:3]).view(-1))
+    _, labels, image_index, segments, positions = line
+    labels[starts[lengths > 0]] = IGNORE                         # nothing before it may be asked to predict it
+    image_index += first_rows.repeat(lengths) * (image_index >= 0)
+    segments[:] = numbers.repeat(lengths)
+    positions[:] = np.arange(line.shape[1]) - starts.repeat(lengths)
+    return line
 
 # %% ../../nbs/5_data/3_batches.ipynb #f6ef0ec3
 def join_pixels(examples: Sequence[Example], views: int | None) -> tuple[Tensor, ...]:
     "The views of all examples in order, tower by tower, filled up with zeros to `views`."
     joined = []
     for tower in zip(*(example.pixels for example in examples), strict=True):
-        found = sum(map(len, tower))
-        expect(views is None or found <= views, f"found {found} views in the batch, expected at most {views}")
-        padding = tower[0].new_zeros(views - found if views is not None else 0, *tower[0].shape[1:])
-        joined.append(torch.cat([*tower, padding]))
+        if views is not None:
+            found = sum(map(len, tower))
+            expect(found <= views, f"found {found} views in the batch, expected at most {views}")
+            tower = [*tower, tower[0].new_zeros(views - found, *tower[0].shape[1:])]
+        joined.append(torch.cat(tower))
     return tuple(joined)
 
 # %% ../../nbs/5_data/3_batches.ipynb #138f35de

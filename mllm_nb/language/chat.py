@@ -6,15 +6,15 @@
 __all__ = ['IMAGE', 'IMAGE_TOKEN_ID', 'IGNORE', 'ROLES', 'TEMPLATES', 'AFTER_IMAGE', 'Turn', 'read_turns', 'count_images',
            'Template', 'two_separators', 'one_separator', 'bracketed', 'chatml', 'headed', 'caption', 'llava_templates',
            'header', 'cambrian_templates', 'mini_gemini_templates', 'eve_templates', 'find_template', 'arrange',
-           'Piece', 'chat_pieces', 'render_chat', 'token_ids', 'opening_ids', 'encode_pieces', 'Encoded',
-           'split_at_images', 'join_chunks', 'encode_chat', 'check_template', 'stop_ids', 'counted_labels',
-           'place_images_first']
+           'Piece', 'chat_pieces', 'render_chat', 'inner_tokenizer', 'token_ids', 'opening_ids', 'ids_and_spans',
+           'encode_pieces', 'Encoded', 'split_at_images', 'join_chunks', 'encode_chat', 'check_template', 'stop_ids',
+           'counted_labels', 'place_images_first']
 
 # %% ../../nbs/2_read/2_chat.ipynb #1fb4b6a0
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import NamedTuple
 
 IMAGE = "<image>"  # marks in a text where an image stands
@@ -295,65 +295,87 @@ def chat_pieces(turns: Sequence[Turn], template: Template, answer_pending: bool 
     if answer_pending and turns and turns[-1].role == "gpt":
         raise ValueError(f"turn {len(turns) - 1}: the last turn is an answer, expected a question")
     system, unasked, turns = arrange(turns, template)
-    before, lead, after = template.answer
+    (before, lead, after), (opening, closing) = template.answer, template.question
     pieces = [Piece(template.begin + (system.join(template.system_wrap) if system else ""))]
     pieces += [Piece(before + lead + turn.text + after) for turn in unasked]
-    for index, turn in enumerate([*(template.examples if answer_pending else ()), *turns]):
+    opened, asked = opening if template.first_question is None else template.first_question, Piece(before)
+    for turn in [*(template.examples if answer_pending else ()), *turns]:
         if turn.role == "gpt":
-            pieces += [Piece(before), Piece(lead + turn.text + after, answer=True)]
+            pieces += asked, Piece(lead + turn.text + after, True)
         else:
-            first = index == 0 and template.first_question is not None
             text = turn.text if template.keep_question else IMAGE * turn.text.count(IMAGE)
-            opened = (template.first_question if first else template.question[0]) + text
-            pieces.append(Piece(opened + template.question[1]))
-    return [*pieces, Piece(before if answer_pending else template.end)]
+            pieces.append(Piece(opened + text + closing))
+            opened = opening
+    return [*pieces, asked if answer_pending else Piece(template.end)]
 
 
 def render_chat(turns: Sequence[Turn], template: str | Template, answer_pending: bool = False) -> str:
     "The conversation as the one text that the original's training (or, with `answer_pending`, its prompt) has."
     template = find_template(template) if isinstance(template, str) else template
-    return "".join(piece.text for piece in chat_pieces(turns, template, answer_pending))
+    return "".join([piece.text for piece in chat_pieces(turns, template, answer_pending)])
 
 # %% ../../nbs/2_read/2_chat.ipynb #41f5db34
+def inner_tokenizer(tokenizer):
+    "What works inside a fast Hugging Face tokenizer, whose own call takes longer; None if it does more."
+    inner = getattr(tokenizer, "backend_tokenizer", None)
+    plain = hasattr(inner, "padding") and inner.padding is None and inner.truncation is None
+    return inner if plain and not getattr(tokenizer, "split_special_tokens", False) else None
+
+
 def token_ids(tokenizer, text: str) -> list[int]:
     "Ids of a text and nothing else, from any tokenizer: ours, SentencePiece's or Hugging Face's."
+    if inner := inner_tokenizer(tokenizer):
+        return inner.encode(text, add_special_tokens=False).ids
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def opening_ids(tokenizer) -> list[int]:
     "What the tokenizer puts before every text: its beginning-of-sequence token, or nothing."
-    backend = getattr(tokenizer, "backend_tokenizer", None)   # Hugging Face's own call takes twenty times as long
-    direct = hasattr(backend, "padding") and backend.padding is None and backend.truncation is None
-    added = (backend.encode("").ids if direct else list(tokenizer("")["input_ids"]))[:1]
+    inner = inner_tokenizer(tokenizer)
+    added = (inner.encode("").ids if inner else list(tokenizer("")["input_ids"]))[:1]
     return added if added == [tokenizer.bos_token_id] else []
 
 # %% ../../nbs/2_read/2_chat.ipynb #19d12b0f
-def encode_pieces(pieces: Sequence[Piece], tokenizer) -> list[tuple[int, bool]]:
-    """Tokens of a text without images, each with whether it belongs to an answer.
+def ids_and_spans(tokenizer, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    "Ids of a text, and which characters each of them covers."
+    if inner := inner_tokenizer(tokenizer):
+        encoding = inner.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    return encoding["input_ids"], encoding["offset_mapping"]
+
+
+def encode_pieces(pieces: Sequence[Piece], tokenizer) -> tuple[list[int], list[int]]:
+    """Ids and labels of a text without images.
 
     The text is tokenized once, whole; a token belongs to the piece in which its first character lies.
     A slow Hugging Face tokenizer knows no characters: there each piece is tokenized on its own."""
-    text = "".join(piece.text for piece in pieces)
-    if not any(piece.answer for piece in pieces):
-        return [(token, False) for token in token_ids(tokenizer, text)]
+    def labels_of(ids: list[int], piece: Piece) -> list[int]:
+        return ids if piece.answer else [IGNORE] * len(ids)
+    text = "".join([piece.text for piece in pieces])
+    if not any([piece.answer for piece in pieces]):
+        ids = token_ids(tokenizer, text)
+        return ids, [IGNORE] * len(ids)
     if not getattr(tokenizer, "is_fast", True):
-        return [(token, piece.answer) for piece in pieces for token in token_ids(tokenizer, piece.text)]
-    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    spans, answer = encoding["offset_mapping"], []
+        parts = [token_ids(tokenizer, piece.text) for piece in pieces]
+        return list(chain(*parts)), list(chain(*map(labels_of, parts, pieces)))
+    (ids, spans), labels = ids_and_spans(tokenizer, text), []
     for piece, end in zip(pieces, accumulate(len(piece.text) for piece in pieces)):
-        answer += [piece.answer] * (bisect_left(spans, (end,)) - len(answer))  # up to the first token behind it
-    answer += [pieces[-1].answer] * (len(spans) - len(answer))  # a token of nothing at the end
-    return list(zip(encoding["input_ids"], answer))
+        labels += labels_of(ids[len(labels):bisect_left(spans, (end,))], piece)  # up to the first token behind it
+    return ids, labels + labels_of(ids[len(labels):], pieces[-1])  # a token of nothing at the end
 
 # %% ../../nbs/2_read/2_chat.ipynb #7b756f8b
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids (`IMAGE_TOKEN_ID` for an image) with a label (`IGNORE`: not learned) and a role for each.
-
-    Roles are `prompt`, `image` and `answer`."""
+    "Token ids (`IMAGE_TOKEN_ID` for an image) with a label for each (`IGNORE`: not learned)."
     input_ids: list[int]
     labels: list[int]
-    roles: list[str]
+
+    @property
+    def roles(self) -> list[str]:
+        "What each token is: `prompt`, `image` or `answer`."
+        return ["answer" if label != IGNORE else "image" if token == IMAGE_TOKEN_ID else "prompt"
+                for token, label in zip(self.input_ids, self.labels)]
 
 
 # how the tokens after an image start: "" as the text is; "opening" with the tokenizer's first token again, as
@@ -366,25 +388,22 @@ def split_at_images(pieces: Sequence[Piece]) -> list[list[Piece]]:
     chunks = [[]]
     for piece in pieces:
         first, *rest = piece.text.split(IMAGE)
-        chunks[-1].append(Piece(first, piece.answer))
+        chunks[-1].append(Piece(first, piece.answer) if rest else piece)
         chunks += [[Piece(text, piece.answer)] for text in rest]
     return chunks
 
 
 def join_chunks(chunks: Sequence[Sequence[Piece]], tokenizer, after_image: str = "") -> Encoded:
     "Tokenize the texts between the images and put one image token between each two of them."
-    opening = [(token, False) for token in opening_ids(tokenizer)]
-    tokens = opening + encode_pieces(chunks[0], tokenizer)
+    opening = opening_ids(tokenizer)
+    again, skip = opening if after_image else [], after_image == "drop_first"
+    ids, labels = encode_pieces(chunks[0], tokenizer)
+    ids, labels = opening + ids, [IGNORE] * len(opening) + labels
     for chunk in chunks[1:]:
-        after = (opening if after_image else []) + encode_pieces(chunk, tokenizer)
-        tokens += [(IMAGE_TOKEN_ID, False), *after[after_image == "drop_first":]]
-    ids, labels, roles = [token for token, _ in tokens], [IGNORE] * len(tokens), ["prompt"] * len(tokens)
-    for place, (token, learned) in enumerate(tokens):
-        if learned:
-            labels[place], roles[place] = token, "answer"
-        elif token == IMAGE_TOKEN_ID:
-            roles[place] = "image"
-    return Encoded(ids, labels, roles)
+        new, taught = encode_pieces(chunk, tokenizer)
+        ids += [IMAGE_TOKEN_ID, *(again + new)[skip:]]
+        labels += [IGNORE, *([IGNORE] * len(again) + taught)[skip:]]
+    return Encoded(ids, labels)
 
 # %% ../../nbs/2_read/2_chat.ipynb #79d55693
 def encode_chat(turns: Sequence[Turn], template: str | Template, tokenizer, *,

@@ -50,20 +50,31 @@ def padding_mask(
     grid: Float[Tensor, "views height width channels"],
     image_sizes: Int[Tensor, "views 2"] | list[tuple[int, int]] | None,
 ) -> Bool[Tensor, "views height width"]:
-    """True where a cell shows image; `image_sizes` are (width, height) before padding to a square.
-
-    The boxes of `unpad_box`, for all views at once and without a loop, so that a compiled step serves every size.
-    """
-    rows, columns = grid.shape[1:3]
+    "True where a cell shows image, as `unpad_box` has it; `image_sizes` = (width, height) before padding to a square."
+    views, rows, columns = grid.shape[:3]
     if image_sizes is None:
-        return torch.ones(grid.shape[:3], dtype=torch.bool, device=grid.device)
-    if len(image_sizes) != len(grid):
-        raise ValueError(f"padding_mask: {len(image_sizes)} image sizes for {len(grid)} views")
-    width, height = torch.as_tensor(image_sizes, dtype=torch.float64, device=grid.device).unbind(1)
-    wide = width / height > columns / rows
-    above = torch.where(wide, (rows - (height * (columns / width)).floor()) // 2, 0)[:, None]
-    beside = torch.where(wide, 0, (columns - (width * (rows / height)).floor()) // 2)[:, None]
-    row, column = torch.arange(rows, device=grid.device), torch.arange(columns, device=grid.device)
+        return torch.ones(views, rows, columns, dtype=torch.bool, device=grid.device)
+    if len(image_sizes) != views:
+        raise ValueError(f"padding_mask: {len(image_sizes)} image sizes for {views} views")
+    if isinstance(image_sizes, Tensor):
+        if torch.compiler.is_compiling() or image_sizes.device.type not in ("cpu", "mps"):   # MPS has no float64
+            return masks_at_once(image_sizes.to(grid.device), rows, columns)
+        image_sizes = image_sizes.tolist()
+    mask = torch.zeros(views, rows, columns, dtype=torch.bool, device=grid.device)
+    for view, size in zip(mask, image_sizes):
+        top, bottom, left, right = unpad_box(size, rows, columns)
+        view[top:bottom, left:right] = True
+    return mask
+
+# %% ../../nbs/1_see/4_towers.ipynb #3b9d7e88
+def masks_at_once(sizes: Int[Tensor, "views 2"], rows: int, columns: int) -> Bool[Tensor, "views height width"]:
+    "The masks of `padding_mask` without a loop and without reading a number back from the device."
+    width, height = sizes.to(torch.float64).unbind(1)
+    def divided(number: int, by: Tensor) -> Tensor:
+        return torch.full_like(by, number) / by           # `number / by` is 1 / by · number, which rounds differently
+    above = ((rows - (height * divided(columns, width)).floor()) // 2)[:, None]
+    beside = ((columns - (width * divided(rows, height)).floor()) // 2)[:, None]
+    row, column = torch.arange(rows, device=sizes.device), torch.arange(columns, device=sizes.device)
     inside = ((row >= above) & (row < rows - above))[:, :, None]
     return inside & ((column >= beside) & (column < columns - beside))[:, None]
 
