@@ -129,13 +129,15 @@ def paired_orders(settings: Mapping) -> list[list[str]]:
 
 
 def multi_dataset_orders(settings: Mapping) -> list[list[str]]:
-    "Aligned modalities: one order of examples, and one order of modalities for each sentence."
-    examples, *tasks = settings["permutations"]
-    rows = rows_of_shots(len(settings["dataset_order"]), settings["flags"]["n_shots"], examples)
-    blocks = [np.array([settings["dataset_order"][index] for index in row]) for row in rows]
-    if settings["flags"].get("shuffle_tasks", True):
-        blocks = [block[:, task] for block, task in zip(blocks, tasks)]
-    return [arranged(block, "shot task", "shot task") for block in blocks]
+    "Aligned modalities: for each epoch one order of examples, and one order of modalities for each sentence."
+    drawn, flags, names, orders = list(settings["permutations"]), settings["flags"], settings["dataset_order"], []
+    while drawn:
+        for row in rows_of_shots(len(names), flags["n_shots"], drawn.pop(0)):
+            block = np.array([names[index] for index in row])
+            if flags.get("shuffle_tasks", True):
+                block = block[:, drawn.pop(0)]
+            orders.append(arranged(block, "shot task", "shot task"))
+    return orders
 
 # %% ../nbs/appendix/parity_lvm.ipynb #163e3d5d
 def film_orders(settings: Mapping) -> list[list[str]]:
@@ -186,12 +188,14 @@ def masks_case(golden: Golden) -> None:
     "Which pixels the inpainting script blackens for given seeds, and the picture that is left."
     y, x = np.mgrid[:256, :256]
     picture = np.stack([(y + 1) / 257, (x + 1) / 257, (3 * y + 5 * x) % 200 / 200 + .01], axis=-1).astype(np.float32)
+    flags = golden.settings.get("flags", {})
+    patch, holes = flags.get("patch_size", 32), flags.get("hole_mask_ratio", .3)
     for case in golden.settings["cases"]:
-        keep = keep_mask(np.random.RandomState(case["np_seed"]))
+        keep = keep_mask(np.random.RandomState(case["np_seed"]), patch=patch, hole_share=holes)
         left = np.round(255 * (picture * keep[..., None])).astype(np.uint8)
         facts = {"zero_pixels": int((~keep).sum()), "sha256_uint8": hashlib.sha256(left.tobytes()).hexdigest()}
         if "keep_mask_8x8" in case:
-            facts["keep_mask_8x8"] = ["".join("01"[int(bit)] for bit in row) for row in keep[::32, ::32]]
+            facts["keep_mask_8x8"] = ["".join("01"[int(bit)] for bit in row) for row in keep[::patch, ::patch]]
         for name, value in facts.items():
             golden.check(f"seed {case['np_seed']}: {name}", float(value != case[name]), 0)
 
@@ -214,7 +218,8 @@ def windows_case(golden: Golden) -> None:
     "Context and new tokens of every call of the sequential prompting."
     for case in golden.settings["cases"]:
         shown, wanted = case["n_input_frames"], case["n_new_frames"]
-        found = [(256 * context, 256 * new) for context, new in writing_windows(shown, wanted)]
+        row = case.get("context_frames", golden.settings.get("context_frames", 16))
+        found = [(256 * context, 256 * new) for context, new in writing_windows(shown, wanted, row)]
         expected = [(call["context_tokens"], call["max_new_tokens"]) for call in case["calls"]]
         golden.check(f"{shown} shown, {wanted} wanted: {found}", float(found != expected), 0)
 

@@ -240,3 +240,14 @@ def test_gradients_of_fused_projections_are_joined(spoil):
     parity.compare_gradients(golden, model, model(**inputs).loss)
     assert [check.passed for check in golden.checks] == [True, not spoil] and not golden.forgotten
 
+
+def test_aligned_modalities_are_drawn_anew_in_every_epoch():
+    from mllm_nb.parity_lvm import multi_dataset_orders
+    names = [[f"{kind}{number}" for kind in "xyz"] for number in range(5)]
+    draws = [[3, 0, 2, 1], [2, 0, 1], [0, 1, 2], [1, 2, 3, 0], [1, 0, 2], [2, 1, 0]]   # of 5 examples 4 fill two rows
+    settings = {"dataset_order": names, "permutations": draws, "flags": {"n_shots": 2, "shuffle_tasks": True}}
+    found = multi_dataset_orders(settings)
+    assert found == [["z3", "x3", "y3", "z0", "x0", "y0"], ["x2", "y2", "z2", "x1", "y1", "z1"],
+                     ["y1", "x1", "z1", "y2", "x2", "z2"], ["z3", "y3", "x3", "z0", "y0", "x0"]]
+    still = settings | {"permutations": [draws[0], draws[3]], "flags": {"n_shots": 2, "shuffle_tasks": False}}
+    assert multi_dataset_orders(still)[2] == ["x1", "y1", "z1", "x2", "y2", "z2"]
