@@ -441,6 +441,27 @@ def test_processor_fits_the_model(tmp_path):
     assert class_token.tokens == 5
 
 
+@pytest.mark.parametrize("name, wrap", [("v1", ("", "")), ("v1_mmtag", ("<Image>", "</Image>"))])
+def test_pictures_between_marks_where_the_file_says_so(tmp_path, name, wrap):
+    from mllm_nb.data.records import Sample
+    from mllm_nb.language.chat import IMAGE, TEMPLATES, Turn
+    from mllm_nb.language.tokenizer import SentencePieceTokenizer
+    from PIL import Image
+    model = load_llava(write(tmp_path / "model", make_text("llama")))
+    model.config = replace(model.config, mm_use_im_start_end=True, template=name)
+    file = MANIFESTS.parent / "tokenizers/cambrian_llava/tokenizer.model"
+    plain = SentencePieceTokenizer(file)
+    with pytest.raises(ValueError, match="<im_start>, <im_end>"):
+        processor_for(model, plain)
+    tokenizer = SentencePieceTokenizer(file, extra_special_tokens=("<im_start>", "<im_end>"))
+    sample = Sample("one", (Image.new("RGB", (9, 9)),), (Turn("human", f"What is it?\n{IMAGE}"),))
+    found = processor_for(model, tokenizer)(sample, answer_pending=True)
+    system = TEMPLATES[name].system
+    before, after = f"{system} USER: {wrap[0]}<im_start>", f"<im_end>{wrap[1]}\nWhat is it? ASSISTANT:"
+    pieces = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (before, after)]
+    assert found.input_ids.tolist() == [1, *pieces[0], *[-200] * 4, *pieces[1]]   # as `tokenizer_image_token` joins them
+
+
 def test_our_folder_is_in_the_published_form(tmp_path):
     text = make_text("llama")
     load_llava(write(tmp_path / "model", text)).save_pretrained(tmp_path / "ours")

@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['TOWERS', 'CLIP_336', 'CLIP_224', 'VICUNA_7B', 'VICUNA_13B', 'MISTRAL_7B', 'MPT_7B', 'LLAVA_1_5_7B', 'LLAVA_1_5_13B',
-           'BAKLLAVA_1', 'LLAVA_LIGHTNING_MPT_7B', 'PUBLISHED', 'CLASS_DEFAULTS', 'ARMS', 'CLAIMS', 'clip_large',
-           'sort_names', 'grown_vocabulary', 'read_scales', 'tower_settings', 'tower_folder', 'load_tower', 'tower_of',
-           'tower_config_of', 'assemble', 'manifest_shapes', 'cover', 'read_base', 'read_parts', 'published_name',
-           'check_transformers', 'complete', 'from_transformers', 'cut_vocabulary', 'load_transformers_folder',
-           'refuse_blind', 'load_llava', 'load_own', 'convert_pickle', 'convert_folder', 'refuse_export',
-           'vision_fields', 'text_fields', 'grown', 'transformers_tensors', 'chat_template', 'image_fields',
-           'export_tokenizer', 'export_transformers', 'transformers_fields', 'processor_for', 'tokenizer_folder',
-           'Chat', 'answer_pieces', 'good_records', 'chosen_stage', 'stage_config', 'stage_plan', 'batches_of',
-           'copy_tokenizer', 'save_trained', 'save_plan', 'train_on_records', 'convert_model', 'train_miniature',
-           'run_claims', 'differences']
+           'BAKLLAVA_1', 'LLAVA_LIGHTNING_MPT_7B', 'PUBLISHED', 'CLASS_DEFAULTS', 'IMAGE_MARKS', 'ARMS', 'CLAIMS',
+           'clip_large', 'sort_names', 'grown_vocabulary', 'read_scales', 'tower_settings', 'tower_folder',
+           'load_tower', 'tower_of', 'tower_config_of', 'assemble', 'manifest_shapes', 'cover', 'read_base',
+           'read_parts', 'published_name', 'check_transformers', 'complete', 'from_transformers', 'cut_vocabulary',
+           'load_transformers_folder', 'refuse_blind', 'load_llava', 'load_own', 'convert_pickle', 'convert_folder',
+           'refuse_export', 'vision_fields', 'text_fields', 'grown', 'transformers_tensors', 'chat_template',
+           'image_fields', 'export_tokenizer', 'export_transformers', 'transformers_fields', 'with_marks',
+           'processor_for', 'tokenizer_folder', 'Chat', 'answer_pieces', 'good_records', 'chosen_stage', 'stage_config',
+           'stage_plan', 'batches_of', 'copy_tokenizer', 'save_trained', 'save_plan', 'train_on_records',
+           'convert_model', 'train_miniature', 'run_claims', 'differences']
 
 # %% ../../nbs/9_papers/1_llava.ipynb #31acc436
 import ast
@@ -38,7 +38,7 @@ from ..data.batches import Batches, BatchSettings, Processor, collate
 from ..data.records import Records, Sample, check_records
 from ..device import of_kind
 from ..images import Preprocess
-from ..language.chat import IMAGE, Turn, find_template, stop_ids
+from ..language.chat import IMAGE, Template, Turn, find_template, stop_ids
 from ..language.decoder import Decoder, DecoderConfig
 from ..language.generate import Sampling
 from ..language.tokenizer import open_tokenizer
@@ -599,13 +599,28 @@ def transformers_fields(model: MLLM, rows: int, image: int, vocabulary: int) -> 
             "vocab_size_before_export": vocabulary, "template_before_export": model.config.template}
 
 # %% ../../nbs/9_papers/1_llava.ipynb #eb96f6db
+IMAGE_MARKS = ("<im_start>", "<im_end>")
+
+
+def with_marks(template: str | Template) -> Template:
+    "The template with every picture at the front of its turn and between `IMAGE_MARKS` (see `place_images_first`)."
+    found = find_template(template) if isinstance(template, str) else template
+    before, after = found.image_wrap
+    return replace(found, image_wrap=(before + IMAGE_MARKS[0], IMAGE_MARKS[1] + after),
+                   special_tokens=(*found.special_tokens, *IMAGE_MARKS))
+
+
 def processor_for(model: MLLM, tokenizer: Any, **changes) -> Processor:
-    "The processor that fits a model: its template, its towers' images and its layout; `changes` replace fields."
+    """The processor that fits a model: its template, its towers' images and its layout; `changes` replace fields.
+
+    ValueError where pictures stand between marks that the tokenizer does not know."""
     config, tower = model.config, model.config.towers[0]
     settings = {"template": config.template, "preprocess": tuple(item.preprocess for item in config.towers),
                 "grid": (tower.grid, tower.grid), "layout": config.mm_patch_merge_type, "prefix": tower.extra_tokens,
-                "max_length": config.tokenizer_model_max_length}
-    return Processor(tokenizer, **settings | changes)
+                "max_length": config.tokenizer_model_max_length, **changes}
+    if config.mm_use_im_start_end:
+        settings |= {"template": with_marks(settings["template"]), "images_first": True}
+    return Processor(tokenizer, **settings)
 
 # %% ../../nbs/9_papers/1_llava.ipynb #0ff06395
 def tokenizer_folder(folder: Path, base: str | Path | None = None) -> Path:
@@ -847,7 +862,7 @@ CLAIMS = {"two stages beat one": "one stage", "an MLP beats a linear connector":
 # %% ../../nbs/9_papers/1_llava.ipynb #4991963a
 def run_claims(folder: str | Path, seeds: Sequence[int] = (0, 1, 2), questions: int = 500, **changes
                ) -> dict[str, dict[str, float]]:
-    """Accuracy of every arm for every seed, kept in `claims.json` (see `evaluation.claims.run_trials`), after two
+    """Accuracy of every arm for every seed, kept in `llava_claims.json` (see `evaluation.claims.run_trials`), after two
     thirds of the tour's steps. `changes`: arguments of every training."""
     def trial(name: str, seed: int) -> float:
         settings = {"progress": False, "align_steps": 60, "tune_steps": 150} | ARMS[name] | changes
@@ -855,7 +870,7 @@ def run_claims(folder: str | Path, seeds: Sequence[int] = (0, 1, 2), questions: 
         return mean(right_answers(trained.model, HeldOut.make(trained.processor, questions)))
 
     trials = {name: partial(trial, name) for name in ARMS}
-    return run_trials(Path(folder) / "claims.json", seeds, trials, "{:.1%}".format)
+    return run_trials(Path(folder) / "llava_claims.json", seeds, trials, "{:.1%}".format)
 
 # %% ../../nbs/9_papers/1_llava.ipynb #7dec7dd2
 def differences(results: Mapping[str, Mapping[str, float]]) -> dict[str, list[float]]:
