@@ -318,8 +318,11 @@ def _numbers(config: dict, field: str, default: tuple) -> tuple:
         raise ValueError(f"{field}: found {found!r}, expected a list of 3 numbers")
     return tuple(found)
 
+# %% ../nbs/1_see/1_images.ipynb #98681e77
 def _published_settings(config: dict) -> dict:
     "The fields of a Hugging Face preprocessor_config.json under our names."
+    if not config.get("do_resize", True):
+        raise ValueError("do_resize: found false, expected true: pictures of every size become views of one")
     size = config.get("size", 224)
     exact = isinstance(size, dict) and "shortest_edge" not in size  # height and width: squeezed (SigLIP)
     size = _edge("size", size, "shortest_edge", "height", "longest_edge")

@@ -176,7 +176,7 @@ def test_wrong_settings_are_refused(wrong, word):
 @pytest.mark.parametrize("config, field", [
     ({"size": "x"}, "size"), ({"size": {}}, "size"), ({"size": {"shortest_edge": True}}, "size"), ({"crop_size": [224]}, "crop_size"),
     ({"resample": 9}, "resample"), ({"resample": []}, "resample"), ({"image_mean": 0.5}, "image_mean"), ({"image_std": [0, 0, 0]}, "std"),
-    ({"rescale_factor": None}, "rescale"), ([], "a JSON list"), ("{", "Expecting")])
+    ({"rescale_factor": None}, "rescale"), ({"do_resize": False}, "do_resize"), ([], "a JSON list"), ("{", "Expecting")])
 def test_published_files_of_the_wrong_kind_are_named_with_the_field(config, field, tmp_path):
     file = tmp_path / "preprocessor_config.json"
     file.write_text(config if isinstance(config, str) else json.dumps(config))

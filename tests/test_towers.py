@@ -379,6 +379,22 @@ def test_a_siglip_of_open_clip_loads(tmp_path, monkeypatch):
         Tower.from_pretrained(tmp_path)
 
 
+def test_a_trunk_that_cambrian_trained_goes_before_the_folder_s(tmp_path, monkeypatch):
+    from mllm_nb.vision import towers
+    small = dict(patch_size=14, hidden_size=24, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32, class_token=False)
+    monkeypatch.setitem(towers._TIMM_VITS, "vit_tiny_siglip", small)
+    vision = {"model_cfg": {"vision_cfg": {"image_size": 384, "timm_model_name": "vit_tiny_siglip_384"}}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(vision))
+    shelf, trained = (ViT(ViTConfig(image_size=384, **small)) for _ in range(2))
+    save_file(timm_names(shelf), tmp_path / "open_clip_model.safetensors")
+    state = {name.removeprefix("visual.trunk."): value for name, value in timm_names(trained).items() if name.startswith("visual.")}
+    for weights, expected in ((None, shelf), (state, trained)):
+        found = towers.cambrian_tower("siglip/CLIP-ViT-SO400M-14-384", tmp_path, state=weights)
+        assert all(torch.equal(value, expected.state_dict()[name]) for name, value in found.vit.state_dict().items())
+    with pytest.raises(ValueError, match="missing"):
+        towers.cambrian_tower("siglip/CLIP-ViT-SO400M-14-384", tmp_path, state={"blocks.0.norm1.weight": torch.ones(24)})
+
+
 def test_the_so400m_has_its_published_geometry(tmp_path):
     from mllm_nb.vision.towers import folder_config
     vision = {"model_cfg": {"vision_cfg": {"image_size": 384, "timm_model_name": "vit_so400m_patch14_siglip_384"}}, "preprocess_cfg": {"resize_mode": "squash"}}

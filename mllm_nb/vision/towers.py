@@ -460,10 +460,11 @@ def _timm_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 # %% ../../nbs/1_see/4_towers.ipynb #3af63db6
-def _load_tower(folder: Path, changes: dict) -> Tower:
-    "Settings and weights; positions are resampled where the preparation asks for another image size."
+def _load_tower(folder: Path, changes: dict, state: dict[str, Tensor] | None = None) -> Tower:
+    """Settings and weights (`state` None: the folder's); positions are resampled where the preparation asks for another
+    image size."""
     config = replace(folder_config(folder), **changes)
-    state = read_safetensors(folder)
+    state = read_safetensors(folder) if state is None else state
     if any(name.startswith("visual.trunk.blocks.") for name in state):
         state = _timm_state(state)
     with torch.device("meta"):  # no time for random numbers that are overwritten
@@ -497,17 +498,22 @@ CAMBRIAN_TOWERS = {   # published name -> the pictures it gets, and what differs
         Preprocess(378, mean=IMAGENET_MEAN, std=IMAGENET_STD), {"interpolate_offset": 0.1}),
     "clip-convnext-XXL-multi-stage": (Preprocess(1024), {})}
 
-def cambrian_tower(name: str, folder: str | Path, token_count: int | None = None) -> Tower:
+def cambrian_tower(name: str, folder: str | Path, token_count: int | None = None,
+                   state: dict[str, Tensor] | None = None) -> Tower:
     """An encoder of `mm_vision_tower_aux_list` from its own folder, used as Cambrian's code uses it.
 
-    `token_count` cells of CLIP's last layer but one, of the others' last. ValueError for a name that no released
-    model has."""
+    `token_count` cells of CLIP's last layer but one, of the others' last. `state`: weights that were trained further,
+    by the names that they have in Cambrian's files; None: the folder's. ValueError for a name that no released model
+    has."""
     if name not in CAMBRIAN_TOWERS:
         raise ValueError(f"mm_vision_tower_aux_list: found {name!r}, expected one of {', '.join(CAMBRIAN_TOWERS)}")
     (prepare, own), found = CAMBRIAN_TOWERS[name], folder_config(folder)
     layer = -2 if name.startswith("openai/clip") else None
-    return Tower.from_pretrained(folder, name=name, preprocess=prepare, vit=replace(found.vit, **own),
-                                 select_layer=layer, token_count=token_count)
+    changes = {"name": name, "preprocess": prepare, "vit": replace(found.vit, **own), "select_layer": layer,
+               "token_count": token_count}
+    if state and any(weight.startswith("blocks.") for weight in state):   # the trunk alone, as timm names it
+        state = {f"visual.trunk.{weight}": value for weight, value in state.items()}
+    return _load_tower(Path(folder), changes, state)
 
 # %% ../../nbs/1_see/4_towers.ipynb #3ef3cf86
 def _cells(tiles: tuple[int, int], grid: tuple[int, int], first: int) -> list[list[int]]:
