@@ -157,3 +157,10 @@ def test_a_released_folder_with_its_four_encoders_folders(tmp_path):
             assert seen.isfinite().all() and not torch.allclose(seen, other)
     with pytest.raises(WeightsError, match="3 towers"):
         load_cambrian(tmp_path, folders[:3])
+    # an encoder that was trained further lies in the checkpoint itself, and goes before its folder
+    inside = {f"model.vision_tower_aux_list.2.vision_tower.{name}": value + 1
+              for name, value in load_file(folders[2] / "model.safetensors").items()}
+    save_file(load_file(tmp_path / "model.safetensors") | inside, tmp_path / "model.safetensors")
+    before, after = (one.towers for one in (model, load_cambrian(tmp_path, folders, language="decoder")))
+    assert torch.equal(after[2].vit.class_token, before[2].vit.class_token + 1)
+    assert all(torch.equal(after[k].vit.positions, before[k].vit.positions) for k in (0, 1))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TOWER_WIDTHS', 'PUBLISHED', 'SAMPLERS', 'TOWERS', 'SEEN', 'CAMBRIAN_ALIGN', 'CAMBRIAN_TUNE', 'ARMS', 'CLAIMS',
-           'CLAIM_STEPS', 'ENCODERS', 'Elsewhere', 'cambrian_config', 'assemble', 'load_cambrian', 'cover',
-           'assemble_miniature', 'begin', 'with_room', 'train_miniature', 'run_claims', 'differences',
+           'CLAIM_STEPS', 'ENCODERS', 'Elsewhere', 'cambrian_config', 'assemble', 'tower_weights', 'load_cambrian',
+           'cover', 'assemble_miniature', 'begin', 'with_room', 'train_miniature', 'run_claims', 'differences',
            'encoder_products', 'language_cost', 'looking_cost', 'token_budget']
 
 # %% ../../nbs/9_papers/3_cambrian.ipynb #e01534e8
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..connectors.mlp import ProjectorConfig
 from ..connectors.sva import SVAConfig, multiplications
@@ -106,9 +106,17 @@ def assemble(settings: Mapping[str, Any], weights: Weights, towers: Sequence[nn.
     return fit_weights(model, Weights(tensors, files, weights.folder), dtype, optional=("towers.",)).eval()
 
 # %% ../../nbs/9_papers/3_cambrian.ipynb #6311f237
+def tower_weights(weights: Weights, number: int) -> dict[str, Tensor] | None:
+    "Weights of one encoder inside a checkpoint, under their own names: there where encoders were trained; else None."
+    mark = f".vision_tower_aux_list.{number}.vision_tower."
+    return {name.partition(mark)[2]: tensor for name, tensor in weights.tensors.items() if mark in name} or None
+
+
 def load_cambrian(folder: str | Path, towers: Sequence[nn.Module | str | Path] | None = None, **how) -> MLLM:
     """A released checkpoint. `towers`: the encoders or their folders, in the order of `mm_vision_tower_aux_list` (None:
-    elsewhere, by their published widths); `how` goes to `assemble`. Raises WeightsError that names file and keys."""
+    elsewhere, by their published widths); `how` goes to `assemble`. Raises WeightsError that names file and keys.
+
+    Weights of encoders in the checkpoint itself replace those of the folders."""
     settings = read_json(Path(folder) / "config.json")
     language_family(settings.get("model_type"))
     if towers is None:
@@ -116,11 +124,13 @@ def load_cambrian(folder: str | Path, towers: Sequence[nn.Module | str | Path] |
     names, counts = settings["mm_vision_tower_aux_list"], settings["mm_vision_tower_aux_token_len_list"]
     if len(towers) != len(names):
         raise WeightsError(f"{folder}/config.json, mm_vision_tower_aux_list: found {len(towers)} towers for {names}")
-    towers = [cambrian_tower(name, tower, count) if isinstance(tower, (str, Path)) else tower
-              for name, count, tower in zip(names, counts, towers)]
-    return assemble(settings, read_weights(*weight_files(folder)), towers, **how)
+    weights = read_weights(*weight_files(folder))
+    towers = [cambrian_tower(name, tower, count, tower_weights(weights, number))
+              if isinstance(tower, (str, Path)) else tower
+              for number, (name, count, tower) in enumerate(zip(names, counts, towers))]
+    return assemble(settings, weights, towers, **how)
 
-
+# %% ../../nbs/9_papers/3_cambrian.ipynb #deb361c8
 def cover(manifest: Mapping[str, Any]) -> MLLM:
     "Our model of a manifest, on the meta device; raises WeightsError unless its weights fit one to one."
     settings, widths = manifest["config"], manifest["tower_hidden_sizes"]
