@@ -18,6 +18,8 @@ COMMON = dict(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_la
               max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0)
 LLAMA3 = dict(rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
               original_max_position_embeddings=64)
+LONG = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0, 1.1, 1.3, 2.0, 2.1, 2.2],
+            long_factor=[1.5, 2.0, 4.0, 9.0, 10.0, 12.0])
 FAMILIES = {
     "llama": ("llama", {}),
     "llama grouped, llama3 rope": ("llama", dict(num_key_value_heads=2, rope_parameters=LLAMA3)),
@@ -27,6 +29,8 @@ FAMILIES = {
     "qwen2 tied": ("qwen2", dict(num_key_value_heads=2, tie_word_embeddings=True)),
     "gemma": ("gemma", dict(num_key_value_heads=1, head_dim=16)),
     "phi3": ("phi3", dict(num_key_value_heads=2, sliding_window=9)),
+    "phi3, short": ("phi3", dict(rope_parameters=LONG | {"original_max_position_embeddings": 32})),
+    "phi3, outgrown": ("phi3", dict(rope_parameters=LONG | {"original_max_position_embeddings": 11})),
     "mixtral": ("mixtral", dict(num_key_value_heads=2, num_local_experts=4)),
 }
 SMALL = DecoderConfig(61, 32, 48, 2, 4, 2)
@@ -153,6 +157,17 @@ def test_easylm_loss_accuracy_and_gradients(easylm):
         assert (gradients[key.removeprefix("grad.")] - golden[key]).abs().max() < 1e-6, key
     total = math.sqrt(sum(gradient.square().sum().item() for gradient in gradients.values()))
     assert abs(total - golden["out.grad_norm_all"].item()) < 1e-5
+
+
+def test_phi_3_s_first_files_say_su_and_name_the_old_context_beside():
+    sizes = dict(model_type="phi3", vocab_size=61, hidden_size=48, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+                 max_position_embeddings=64, original_max_position_embeddings=16)
+    config = DecoderConfig.from_transformers(sizes | {"rope_scaling": LONG | {"type": "su", "rope_type": "su"}})
+    for reach, factors in ((16, LONG["short_factor"]), (17, LONG["long_factor"])):
+        cos, sin = rope_table(torch.arange(reach)[None], config)
+        angles = torch.arange(reach)[:, None] / (torch.tensor(factors) * 1e4 ** (torch.arange(6) / 6))
+        size = (1 + torch.tensor(64 / 16).log() / torch.tensor(16.).log()).sqrt()
+        torch.testing.assert_close((cos[0], sin[0]), (angles.cos() * size, angles.sin() * size))
 
 
 def test_rotary_table_is_fp32_everywhere():
@@ -311,7 +326,10 @@ def test_settings_survive_json():
     (dict(num_key_value_heads=3), "num_key_value_heads: found 3, expected a divisor of num_attention_heads = 4"),
     (dict(head_dim=5), "head_dim: found 5, expected an even number"),
     (dict(hidden_act="relu"), "hidden_act: found 'relu', expected one of"),
-    (dict(rope_scaling={"rope_type": "longrope"}), "rope_scaling: found 'longrope', expected 'linear' or 'llama3'"),
+    (dict(rope_scaling={"rope_type": "yarn"}), "rope_scaling: found 'yarn', expected 'linear', 'llama3' or 'longrope'"),
+    (dict(rope_scaling={"rope_type": "longrope", "short_factor": [1.0] * 4}), "rope_scaling, long_factor: found None, expected 4 numbers"),
+    (dict(rope_scaling={"type": "su", "short_factor": [1.0] * 3, "long_factor": [1.0] * 4}), "rope_scaling, short_factor: found"),
+    (dict(rope_scaling={"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0] * 4}), "original_max_position_embeddings"),
     (dict(rope_scaling={"rope_type": "linear"}), "rope_scaling, factor: found None, expected a number above 0"),
     (dict(rms_norm_eps="x"), "rms_norm_eps: found 'x', expected a number"), (dict(rms_norm_eps=-1e-5), "rms_norm_eps: found -1e-05"),
     (dict(rope_theta=-1.0), "rope_theta: found -1.0, expected more than 0"), (dict(rope_theta=float("nan")), "rope_theta: found nan"),
@@ -329,7 +347,7 @@ def test_contradicting_settings(settings, message):
 @pytest.mark.parametrize("settings, message", [
     ({"model_type": "mpt"}, "model_type: found 'mpt', expected one of"),
     ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8}, "use_sliding_window: found true"),
-    ({"model_type": "phi3", "rope_scaling": {"type": "longrope"}}, "rope_scaling: found 'longrope'"),
+    ({"model_type": "phi3", "rope_scaling": {"type": "yarn"}}, "rope_scaling: found 'yarn'"),
     ({"model_type": "phi3", "partial_rotary_factor": 0.75}, "partial_rotary_factor: found 0.75, expected 1.0"),
     ({"model_type": "llama", "mlp_bias": True}, "mlp_bias: found true"),
     ({"model_type": []}, "model_type: found .., expected one of"), ({"model_type": "llama", "rope_parameters": 7}, "rope_parameters"),
