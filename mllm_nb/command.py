@@ -324,7 +324,7 @@ def run_part(arguments: argparse.Namespace) -> int:
 # %% ../nbs/appendix/command.ipynb #61b7b4ed
 def claims_arguments(parser: argparse.ArgumentParser) -> None:
     "Options of `mllm claims`."
-    parser.add_argument("--out", default="runs/claims", help="folder of claims.json (default: runs/claims)")
+    parser.add_argument("--out", default="runs/claims", help="folder of the findings (default: runs/claims)")
     parser.add_argument("--system", default="llava", choices=("llava", "cambrian", "lvm"),
                         help="whose (default: llava)")
     parser.add_argument("--seeds", type=positive, default=3, help="how many seeds (default: 3)")

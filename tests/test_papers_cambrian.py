@@ -97,7 +97,7 @@ def test_claims_keep_finished_runs(tmp_path, monkeypatch):
     arms = {"first": {}, "second": {"fails": True}}
     with pytest.raises(KeyboardInterrupt):
         run_claims(tmp_path, (0, 1), 4, arms)
-    kept = json.loads((tmp_path / "claims.json").read_text())
+    kept = json.loads((tmp_path / "cambrian_claims.json").read_text())
     assert list(kept) == ["first"] and kept["first"]["0"] == {"accuracy": .75, "right": "1011"}
     results = run_claims(tmp_path, (0, 1), 4, arms)
     steps = CLAIM_STEPS["align_steps"]

@@ -93,7 +93,7 @@ def test_the_power_of_the_rule_is_found(power):
 def test_trials_resume_and_are_not_repeated(tmp_path, capsys):
     trials = {"batch 8": partial(rate_trial, rows=8, rate=1e-2, total=16)}
     first = run_claims(tmp_path, (0,), trials)
-    assert json.loads((tmp_path / "data_claims.json").read_text()) == first and "nats" in capsys.readouterr().out
+    assert json.loads((tmp_path / "cambrian_data_claims.json").read_text()) == first and "nats" in capsys.readouterr().out
 
     def never(*_, **__):
         raise AssertionError("was there already")

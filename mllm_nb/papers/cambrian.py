@@ -213,6 +213,8 @@ ARMS = {   # what each arm changes; the first is the system as it is
     "16 queries": {"queries": 16},
     "MLP on all towers": {"connector": "mlp2x_gelu"},
     "one tower (words)": {"towers": ("contrastive",)},
+    "one tower (masked)": {"towers": ("masked",)},
+    "one tower (convnext)": {"towers": ("convnext",)},
     "connector alone": {"samplers": 0},
     "without windows": {"windowed": False},
 }
@@ -222,13 +224,13 @@ CLAIMS = {   # claim -> the arm that should be better (or at least hold), the ar
     "samplers add to the connector": ("Cambrian in miniature", "connector alone"),
     "windows beat attention without them": ("Cambrian in miniature", "without windows"),
 }
-CLAIM_STEPS = {"align_steps": 90, "tune_steps": 45}
+CLAIM_STEPS = {"align_steps": 150, "tune_steps": 200}
 
 # %% ../../nbs/9_papers/3_cambrian.ipynb #14a693ac
 def run_claims(folder: str | Path, seeds: Sequence[int] = (0, 1, 2), questions: int = 500,
                arms: Mapping[str, Mapping] = ARMS, **changes) -> dict[str, dict[str, dict]]:
     """Every arm for every seed: accuracy, and which of the held-out questions were right ("0110..."), kept in
-    `claims.json` (see `evaluation.claims.run_trials`). Arms of one seed share what the towers have seen."""
+    `cambrian_claims.json` (see `evaluation.claims.run_trials`). Arms of one seed share what the towers have seen."""
     def trial(name: str, memory: dict, seed: int) -> dict[str, Any]:
         settings = {"progress": False, "memory": memory} | CLAIM_STEPS | arms[name] | changes
         trained = train_miniature(Path(folder) / name.replace(" ", "_") / str(seed), seed, **settings)
@@ -240,7 +242,7 @@ def run_claims(folder: str | Path, seeds: Sequence[int] = (0, 1, 2), questions: 
     for seed in seeds:
         memory: dict = {}
         trials = {name: partial(trial, name, memory) for name in arms}
-        results = run_trials(Path(folder) / "claims.json", (seed,), trials,
+        results = run_trials(Path(folder) / "cambrian_claims.json", (seed,), trials,
                              lambda found: f"{found['accuracy']:.1%}")
     return results
 

@@ -276,10 +276,10 @@ TRIALS = {name: partial(mixture_trial, **how) for name, how in MIXTURES.items()}
 
 def run_claims(folder: str | Path, seeds: Sequence[int] = (0, 1, 2), trials: Mapping = TRIALS, **smaller
                ) -> dict[str, dict[str, Any]]:
-    """Facts of every trial for every seed, kept in `data_claims.json` (see `evaluation.claims.run_trials`).
+    """Facts of every trial for every seed, kept in `cambrian_data_claims.json` (see `evaluation.claims.run_trials`).
     `smaller`: arguments of every trial."""
     def say(fact: float | Mapping[str, Any]) -> str:
         return f"{fact:.3f} nats a token" if isinstance(fact, float) else f"{category_mean(fact):.1%}"
 
-    return run_trials(Path(folder) / "data_claims.json", seeds,
+    return run_trials(Path(folder) / "cambrian_data_claims.json", seeds,
                       {name: partial(trial, folder, **smaller) for name, trial in trials.items()}, say)

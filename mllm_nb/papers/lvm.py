@@ -538,13 +538,13 @@ def claim_facts(trained: DrawnBy, each: int = 8) -> dict[str, Any]:
 # %% ../../nbs/9_papers/5_lvm.ipynb #d2ae1699
 def run_claims(folder: str | Path, seeds: Sequence[int] = (0, 1, 2), arms: Mapping[str, Mapping[str, Any]] = ARMS,
                steps: int = 300, each: int = 8, **changes) -> dict[str, dict[str, Any]]:
-    "Facts of every arm for every seed, kept in `claims.json` (see `evaluation.claims.run_trials`)."
+    "Facts of every arm for every seed, kept in `lvm_claims.json` (see `evaluation.claims.run_trials`)."
     def trial(name: str, seed: int) -> dict[str, Any]:
         where = Path(folder) / name.replace(" ", "_") / str(seed)
         settings = {"progress": False} | dict(arms[name]) | changes
         return claim_facts(train_miniature(where, seed, steps, **settings), each)
 
-    return run_trials(Path(folder) / "claims.json", seeds, {name: partial(trial, name) for name in arms},
+    return run_trials(Path(folder) / "lvm_claims.json", seeds, {name: partial(trial, name) for name in arms},
                       lambda facts: f"{facts['loss']:.3f} nats a word")
 
 
