@@ -1,6 +1,7 @@
 """`mllm tokenize`: how much of the encoder's own speed it reaches, and whether kills leave a trace.
 
     python tests/benchmarks/tokenizing.py [--pictures 2000] [--kills 5] [--threads 1 2] [--side 64]
+    python tests/benchmarks/tokenizing.py --real --pictures 32 --kills 0   # LVM's own tokenizer, random weights, 256 pixels
 
 Draws pictures of the miniature world into files (every hundredth cut off), then in turn: the encoder alone on pixels
 that lie in memory, and the whole way from files to shards. The share is the encoder's time divided by the whole time.
@@ -19,7 +20,7 @@ from pathlib import Path
 import torch
 
 from mllm_nb.data.tokenize import Encoder, Manifest, Reading, find_items, names_of, tokenize, world_items
-from mllm_nb.drawing.vqgan import fingerprint, load_vqgan
+from mllm_nb.drawing.vqgan import VQGAN, fingerprint, load_vqgan
 from PIL import Image
 
 
@@ -32,8 +33,8 @@ def draw(folder: Path, count: int) -> None:
             path.write_bytes(path.read_bytes()[:200])
 
 
-def race(source: Path, work: Path, side: int, rounds: int) -> None:
-    model, items = load_vqgan(), find_items(source, Reading(side))
+def race(source: Path, work: Path, model: VQGAN, side: int, rounds: int) -> None:
+    items = find_items(source, Reading(side))
     encode, pixels = Encoder(model), [item.read()[0][1][0] for n, item in enumerate(items) if n % 100 != 99]
     plan = Manifest(fingerprint(model), len(items), names_of(items), side, (side // model.config.patch) ** 2)
     best = {"the encoder alone": (float("inf"),) * 2, "from files to shards": (float("inf"),) * 2}
@@ -49,7 +50,7 @@ def race(source: Path, work: Path, side: int, rounds: int) -> None:
             best[name] = tuple(map(min, best[name], times))
     alone, whole = best.values()
     for name, (clock, used) in best.items():
-        print(f"  {name:22}{clock:8.2f} s{len(items) / clock:8.0f} pictures/s{used:8.2f} s of CPU")
+        print(f"  {name:22}{clock:8.2f} s{len(items) / clock:8.1f} pictures/s{used:8.2f} s of CPU")
     print(f"  the whole way reaches {alone[0] / whole[0]:.0%} of the encoder's speed", flush=True)
 
 
@@ -90,9 +91,13 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=2000)
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--side", type=int, default=64)
+    parser.add_argument("--side", type=int, help="default: the tokenizer's own")
+    parser.add_argument("--real", action="store_true", help="the published geometry instead of the miniature")
     parser.add_argument("--rounds", type=int, default=2)
     options = parser.parse_args()
+    torch.manual_seed(0)
+    model = VQGAN().eval() if options.real else load_vqgan()
+    side = options.side or model.config.resolution
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "pictures"
         source.mkdir()
@@ -100,9 +105,10 @@ def main() -> None:
         for threads in options.threads:
             torch.set_num_threads(threads)
             print(f"{options.pictures} pictures, {threads} thread(s)")
-            race(source, Path(folder) / str(threads), options.side, options.rounds)
-        print(f"{options.kills} kills")
-        killing(source, Path(folder), options.kills)
+            race(source, Path(folder) / str(threads), model, side, options.rounds)
+        if options.kills:
+            print(f"{options.kills} kills")
+            killing(source, Path(folder), options.kills)
 
 
 if __name__ == "__main__":
