@@ -393,8 +393,8 @@ def test_configuration_that_does_not_fit(tmp_path, change, expected):
 
 @pytest.mark.parametrize("change, field", [
     ({"vocab_size": "x"}, "vocab_size"), ({"vocab_size": -1}, "vocab_size"), ({"hidden_size": []}, "hidden_size"), ({"rms_norm_eps": "x"}, "rms_norm_eps"),
-    ({"image_aspect_ratio": 3}, "image_aspect_ratio"), ({"image_aspect_ratio": "anyres", "image_grid_pinpoints": 5}, ""),
-    ({"mm_vision_select_layer": "x"}, "select_layer"), ({"mm_vision_select_layer": 99}, "select_layer"), ({"mm_vision_tower": []}, "mm_vision_tower"),
+    ({"image_aspect_ratio": 3}, "image_aspect_ratio"), *(({"image_aspect_ratio": "anyres", "image_grid_pinpoints": value}, "image_grid_pinpoints: found") for value in (5, "abc", [[1]], [[336, "x"]], "["*9999)),
+    ({"s2": True, "s2_scales": [[]]}, "s2_scales: found"), ({"mm_vision_select_layer": "x"}, "select_layer"), ({"mm_vision_select_layer": 99}, "select_layer"), ({"mm_vision_tower": []}, "mm_vision_tower"),
     ({"mm_projector_type": None}, "mm_projector_type"), ({"model_type": []}, "model_type"), ({"tie_word_embeddings": "x"}, "tie_word_embeddings")])
 @pytest.mark.parametrize("language", ["decoder", "transformers"])
 def test_settings_of_the_wrong_kind_name_the_file(tmp_path, change, field, language):

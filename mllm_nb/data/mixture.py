@@ -624,7 +624,7 @@ def show_lengths(plan: Plan) -> "Figure":
             left += share
     axis.set(yticks=range(len(told)), yticklabels=[one.name for one in told], xlabel="% of the answers",
              ylim=(len(told) - 0.4, -0.6), title="Length of the answers")
-    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    if told: axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 # %% ../../nbs/5_data/4_mixture.ipynb #a609e839

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['TOWERS', 'CLIP_336', 'CLIP_224', 'VICUNA_7B', 'VICUNA_13B', 'MISTRAL_7B', 'MPT_7B', 'LLAVA_1_5_7B', 'LLAVA_1_5_13B',
            'BAKLLAVA_1', 'LLAVA_LIGHTNING_MPT_7B', 'PUBLISHED', 'CLASS_DEFAULTS', 'IMAGE_MARKS', 'ARMS', 'CLAIMS',
-           'clip_large', 'sort_names', 'grown_vocabulary', 'read_scales', 'tower_settings', 'tower_folder',
-           'load_tower', 'tower_of', 'tower_config_of', 'assemble', 'manifest_shapes', 'cover', 'read_base',
-           'read_parts', 'published_name', 'check_transformers', 'complete', 'from_transformers', 'cut_vocabulary',
-           'load_transformers_folder', 'refuse_blind', 'load_llava', 'load_own', 'convert_pickle', 'convert_folder',
-           'refuse_export', 'vision_fields', 'text_fields', 'grown', 'transformers_tensors', 'chat_template',
-           'image_fields', 'export_tokenizer', 'export_transformers', 'transformers_fields', 'with_marks',
-           'processor_for', 'tokenizer_folder', 'Chat', 'answer_pieces', 'good_records', 'chosen_stage', 'stage_config',
-           'stage_plan', 'batches_of', 'copy_tokenizer', 'save_trained', 'save_plan', 'train_on_records',
-           'convert_model', 'train_miniature', 'run_claims', 'differences']
+           'clip_large', 'sort_names', 'grown_vocabulary', 'read_scales', 'read_pinpoints', 'tower_settings',
+           'tower_folder', 'load_tower', 'tower_of', 'tower_config_of', 'assemble', 'manifest_shapes', 'cover',
+           'read_base', 'read_parts', 'published_name', 'check_transformers', 'complete', 'from_transformers',
+           'cut_vocabulary', 'load_transformers_folder', 'refuse_blind', 'load_llava', 'load_own', 'convert_pickle',
+           'convert_folder', 'refuse_export', 'vision_fields', 'text_fields', 'grown', 'transformers_tensors',
+           'chat_template', 'image_fields', 'export_tokenizer', 'export_transformers', 'transformers_fields',
+           'with_marks', 'processor_for', 'tokenizer_folder', 'Chat', 'answer_pieces', 'good_records', 'chosen_stage',
+           'stage_config', 'stage_plan', 'batches_of', 'copy_tokenizer', 'save_trained', 'save_plan',
+           'train_on_records', 'convert_model', 'train_miniature', 'run_claims', 'differences']
 
 # %% ../../nbs/9_papers/1_llava.ipynb #31acc436
 import ast
@@ -119,23 +119,31 @@ def grown_vocabulary(settings: Mapping[str, Any], weights: Weights) -> dict[str,
         return dict(settings)
     return {**settings, "vocab_size": max(rows.values())}
 
-# %% ../../nbs/9_papers/1_llava.ipynb #294bfd02
+# %% ../../nbs/9_papers/1_llava.ipynb #a44d1e9c
 def read_scales(value: Any) -> tuple[int, ...]:
-    "The sizes of `s2_scales`, rising. Raises WeightsError for anything else."
+    "The sizes of `s2_scales`, rising. Raises ValueError for anything else."
     try:
         return tuple(sorted(int(size) for size in (value.split(",") if isinstance(value, str) else value)))
     except (TypeError, ValueError):
-        raise WeightsError(f"config.json, s2_scales: found {value!r}, expected sizes such as '336,672,1008'") from None
+        raise ValueError(f"s2_scales: found {value!r}, expected sizes such as '336,672,1008'") from None
 
 
+def read_pinpoints(value: Any) -> tuple[tuple[int, int], ...]:
+    "The canvases (width, height) of `image_grid_pinpoints`, also where a text holds the list. Raises ValueError."
+    try:
+        found = ast.literal_eval(value) if isinstance(value, str) else value
+        return tuple((int(width), int(height)) for width, height in found or ())
+    except (TypeError, ValueError, SyntaxError, MemoryError, RecursionError):
+        raise ValueError(f"image_grid_pinpoints: found {str(value)[:60]!r}, expected canvases such as "
+                         "[[336, 672], [672, 336]]") from None
+
+# %% ../../nbs/9_papers/1_llava.ipynb #294bfd02
 def tower_settings(settings: Mapping[str, Any], tower: TowerConfig) -> TowerConfig:
     "The tower as this model uses it: layer, class token and the shape of its images from the published fields."
     if not isinstance(aspect := settings.get("image_aspect_ratio", "square"), str):
         raise ValueError(f"image_aspect_ratio: found {aspect!r}, expected a text")
     aspect = "anyres" if aspect.startswith("anyres") else aspect
-    pinpoints = settings.get("image_grid_pinpoints") or ()
-    pinpoints = ast.literal_eval(pinpoints) if isinstance(pinpoints, str) else pinpoints
-    pinpoints = tuple((int(width), int(height)) for width, height in pinpoints) if aspect == "anyres" else ()
+    pinpoints = read_pinpoints(settings.get("image_grid_pinpoints")) if aspect == "anyres" else ()
     preprocess, scales = replace(tower.preprocess, aspect=aspect, pinpoints=pinpoints), ()
     if settings.get("s2"):   # views of the largest scale, which the tower cuts and shrinks by itself
         scales = read_scales(settings.get("s2_scales", "336,672,1008"))
