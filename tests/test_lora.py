@@ -438,6 +438,22 @@ def test_the_folder_loads_by_itself(folders):
         assert torch.allclose(states(found, batch), expected, atol=1e-4) and found.config.template == "miniature"
 
 
+def test_a_folder_without_what_was_trained_beside_is_refused(folders, tmp_path):
+    folder = copied(folders, tmp_path)
+    (folder / "non_lora_trainables.safetensors").unlink()
+    with pytest.raises(WeightsError, match="adapter: found no non_lora_trainables.safetensors"):
+        load_llava(folder)
+
+
+@pytest.mark.parametrize("name", [5, [], {"a": 1}])
+def test_a_base_that_is_no_text_is_named(name, folders, tmp_path):
+    folder = copied(folders, tmp_path)
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": name}))
+    with pytest.raises(WeightsError, match="base_model_name_or_path: found|a base that it does not name"):
+        load_llava(folder)
+
+
 def test_peft_reads_the_folder(folders):
     "The language model alone, adapted by PEFT's own loader, gives what ours gives."
     root, _, _ = folders

@@ -454,6 +454,8 @@ def adapter_base(folder: Path, base: str | Path | None = None) -> Path:
     if base is not None:
         return Path(base)
     name = read_json(folder / "adapter_config.json").get("base_model_name_or_path") or ""
+    if not isinstance(name, str):
+        raise WeightsError(f"{folder / 'adapter_config.json'}, base_model_name_or_path: found {name!r}, expected text")
     found = local_folder(name, folder)
     if found is None:
         raise WeightsError(f"{folder}: holds an adapter (LoRA) on {name or 'a base that it does not name'}, which is "
@@ -575,8 +577,10 @@ def read_adapter(folder: Path, base: Weights) -> Weights:
 
 # %% ../../nbs/6_train/3_lora.ipynb #0a7de482
 def read_others(folder: Path) -> Weights:
-    "What was trained beside the adapter, under published names; nothing where there is no such file."
+    "What was trained beside the adapter, under published names; published folders may have none, ours always do."
     file = safe_file(folder, "non_lora_trainables")
+    if file is None and (folder / "mllm_nb_adapter.json").is_file():
+        raise WeightsError(f"{folder}: found no non_lora_trainables.safetensors, which `save_adapter` has written")
     return Weights({}, {}, str(folder)) if file is None else trainable_names(read_weights(file))
 
 
