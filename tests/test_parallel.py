@@ -187,7 +187,9 @@ def test_a_batch_that_does_not_divide_is_refused_with_numbers_that_do():
     ({"precision": "int8"}, "Plan.precision is 'int8'"),
     ({"micro_batch": 0}, "Plan.micro_batch is 0, expected a whole number of at least 1"),
     ({"world_size": 2}, "Plan.world_size is 2, expected 1 without sharding"),
-    ({"offload": True}, "only fsdp can offload"),
+    ({"offload": True}, "only fsdp can offload"), ({"offload": "yes"}, "Plan.offload is 'yes', expected true or false"),
+    ({"recompute": None}, "Plan.recompute is None"), ({"timeout": True}, "Plan.timeout is True, expected a whole number"),
+    ({"device": "x"}, "Plan.device is 'x', expected a kind of device"), ({"device": 5}, "Plan.device is 5"),
     ({"world_size": 2, "sharding": "tp", "precision": "fp16"}, "shards of fp16"),
     ({"world_size": 3, "sharding": "tp", "hosts": 2}, "Plan.hosts is 2, expected a divisor of world_size = 3"),
 ])

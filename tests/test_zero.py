@@ -47,7 +47,7 @@ def test_numbers_that_are_given_are_kept(monkeypatch):
 
 @pytest.mark.parametrize("changes, message", [
     ({"zero_optimization": {"stage": 0}}, r"zero3.json, zero_optimization.stage: found 0, expected 1, 2 or 3"),
-    ({"zero_optimization": 3}, "zero_optimization.stage: found None"),
+    ({"zero_optimization": None}, "zero_optimization.stage: found None"),
     ({"optimizer": {"type": "Adam", "params": {"lr": 1e-4}}}, "zero3.json, optimizer: found {'lr': 0.0001}, expected none"),
     ({"fp16": {"enabled": True}}, "fp16.enabled: found true"),
     ({"train_batch_size": 96}, "train_batch_size: found 96, expected 128"),
@@ -57,6 +57,23 @@ def test_configurations_that_cannot_be_are_refused_by_field(changes, message, mo
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(PlanError, match=message):
         plan_of(EXAMPLE | changes, "zero3.json", 128, 16)
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"zero_optimization": {"stage": 3, "offload_param": 5}}, "zero_optimization.offload_param: found '5', expected an object"),
+    ({"zero_optimization": 5}, "zero_optimization: found"), ({"bf16": 5}, "bf16: found"), ({"fp16": [1]}, "fp16: found"),
+    ({"bf16": {"enabled": "x"}}, "bf16.enabled: found 'x', expected true or false"), ({"optimizer": 5}, "optimizer: found"),
+    ({"scheduler": {"params": 3}}, "scheduler.params: found"), ({"train_batch_size": "x"}, "train_batch_size: found"),
+    *(({"train_micro_batch_size_per_gpu": value}, "train_micro_batch_size_per_gpu: found .* expected a whole number from 1")
+      for value in ("x", 0, -1, 2.5, None)), ({"gradient_clipping": -1}, "gradient_clipping: found '-1', expected a number from 0")])
+def test_fields_of_the_wrong_kind_are_named(changes, message):
+    with pytest.raises(PlanError, match=f"zero3.json, {message}"):
+        plan_of(EXAMPLE | changes, "zero3.json", 128, 16)
+
+
+def test_sections_may_be_null():
+    nothing = {"optimizer": None, "scheduler": {"params": None}, "bf16": None, "zero_optimization": {"stage": 2, "offload_param": None}}
+    assert plan_of(EXAMPLE | nothing, "zero2.json", 16, 4).sharding == "zero2"
 
 
 def test_processes_that_do_not_divide_the_batch_are_refused(monkeypatch):

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['WAYS', 'ZERO', 'SHARDINGS', 'FLOATS', 'KINDS', 'HARDWARE', 'BETWEEN_HOSTS', 'ROOM', 'GAPS', 'SCRIPTS', 'show_ways',
-           'free_port', 'in_processes', 'show_messages', 'PlanError', 'Plan', 'check_plan', 'read_plan', 'share_batch',
-           'together', 'own', 'copies', 'shared_norm', 'has_views', 'blank_view', 'even_batches', 'repeated_parts',
-           'cast_unit', 'shard', 'recompute', 'tensor_plan', 'split_layers', 'LostProcess', 'join_group', 'check_equal',
-           'join_model', 'TeamCrew', 'Single', 'Team', 'rows_each', 'XlaTeam', 'team_of', 'Sizes', 'language_sizes',
-           'kept_bytes', 'Load', 'layer_bytes', 'view_bytes', 'tower_bytes', 'sizes_of', 'cut_parameters', 'Memory',
-           'memory_of', 'state_bytes', 'show_memory', 'set_dtypes', 'Hardware', 'read_devices', 'step_flops',
-           'step_seconds', 'Estimate', 'Task', 'possible_plans', 'best_plan', 'nearest_plan', 'launch_line',
-           'slurm_script', 'tpu_script', 'gather_trained', 'launch', 'scale_facts', 'scale_planner']
+           'free_port', 'in_processes', 'show_messages', 'PlanError', 'Plan', 'is_device', 'check_plan', 'read_plan',
+           'share_batch', 'together', 'own', 'copies', 'shared_norm', 'has_views', 'blank_view', 'even_batches',
+           'repeated_parts', 'cast_unit', 'shard', 'recompute', 'tensor_plan', 'split_layers', 'LostProcess',
+           'join_group', 'check_equal', 'join_model', 'TeamCrew', 'Single', 'Team', 'rows_each', 'XlaTeam', 'team_of',
+           'Sizes', 'language_sizes', 'kept_bytes', 'Load', 'layer_bytes', 'view_bytes', 'tower_bytes', 'sizes_of',
+           'cut_parameters', 'Memory', 'memory_of', 'state_bytes', 'show_memory', 'set_dtypes', 'Hardware',
+           'read_devices', 'step_flops', 'step_seconds', 'Estimate', 'Task', 'possible_plans', 'best_plan',
+           'nearest_plan', 'launch_line', 'slurm_script', 'tpu_script', 'gather_trained', 'launch', 'scale_facts',
+           'scale_planner']
 
 # %% ../../nbs/6_train/4_parallel.ipynb #2472e4c6
 import json
@@ -220,6 +221,14 @@ class Plan:
                 "(shares x micro-batches x samples)")
 
 # %% ../../nbs/6_train/4_parallel.ipynb #b3d66738
+def is_device(name: Any) -> bool:
+    "Is it the name of a device that PyTorch knows?"
+    try:
+        return isinstance(name, str) and bool(torch.device(name))
+    except RuntimeError:
+        return False
+
+
 def check_plan(plan: Plan) -> None:
     "Raise PlanError that names the field, what was found and what is expected."
     def expect(fact: bool, field: str, expected: str) -> None:
@@ -227,7 +236,10 @@ def check_plan(plan: Plan) -> None:
             raise PlanError(f"Plan.{field} is {getattr(plan, field)!r}, expected {expected}")
     for name in ("global_batch", "micro_batch", "accumulation", "world_size", "hosts", "timeout"):
         value = getattr(plan, name)
-        expect(isinstance(value, int) and value >= 1, name, "a whole number of at least 1")
+        expect(type(value) is int and value >= 1, name, "a whole number of at least 1")
+    for name in ("offload", "recompute"):
+        expect(isinstance(getattr(plan, name), bool), name, "true or false")
+    expect(is_device(plan.device), "device", "a kind of device that PyTorch knows, such as cpu or cuda")
     expect(plan.sharding in SHARDINGS, "sharding", f"one of {', '.join(SHARDINGS)}")
     expect(plan.precision in ("fp32", "bf16", "fp16"), "precision", "fp32, bf16 or fp16")
     expect(plan.sharding != "none" or plan.world_size == 1, "world_size", "1 without sharding; or use ddp, fsdp or tp")
