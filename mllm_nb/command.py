@@ -390,8 +390,8 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=positive, help="of the adapters, alpha is twice as much (default: 128)")
     parser.add_argument("--quantize", choices=("nf4", "int8"), help="keep the frozen language model in 4 or 8 bits")
     parser.add_argument("--optimizer", choices=("adamw", "adamw_8bit", "muon"), help="instead of AdamW")
-    parser.add_argument("--keep-features", action="store_true",
-                        help="ask the frozen towers once a picture and keep what they say (for several epochs)")
+    parser.add_argument("--keep-features", metavar="DIR",
+                        help="ask frozen towers once a picture; what they say is kept in DIR for all epochs")
     parser.add_argument("--plan", metavar="FILE", help="how many devices share the work, written by mllm plan --out")
     parser.add_argument("--dry-run", action="store_true",
                         help="build the model without memory, check data, print plan and commands; train nothing")

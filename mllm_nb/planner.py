@@ -183,7 +183,7 @@ def data_lines(file: str | None, images: str | None) -> tuple[list[str], bool]:
     report = check_records(records)
     lines = [f"data        {len(records):,} records in {file}: "
              + ("all can be trained on" if report.ok else f"{len(report.skip):,} bad ones")]
-    return lines + [f"            {records.where(number)}" for number in report.skip[:5]], report.ok
+    return lines + [f"            {problem}" for problem in report.errors[:5]], report.ok
 
 # %% ../nbs/appendix/planner.ipynb #05b9c67c
 def dry_run(arguments: Any) -> int:

@@ -9,6 +9,7 @@ from torch import nn
 from transformers.generation.logits_process import (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
 
 from mllm_nb.language.decoder import Decoder, DecoderConfig, TransformersDecoder, load_transformers_state
+from test_decoder import LONG
 from mllm_nb.language.generate import (PackedDecoder, Panels, Sampling, choose, generate, next_token_probabilities,
                                        panel_product, why_not_packed)
 
@@ -325,3 +326,36 @@ def test_the_coldest_temperatures_are_greedy():
     assert torch.equal(cold.argmax(dim=-1), scores.argmax(dim=-1)) and torch.equal(cold.sum(dim=-1), torch.ones(4))
     with pytest.raises(ValueError, match="temperature: found nan"):
         Sampling(temperature=float("nan"))
+
+
+BORDER = dict(hidden_size=96, intermediate_size=96, num_attention_heads=8, original_max_position_embeddings=16,
+              rope_parameters=LONG | {"original_max_position_embeddings": 16})
+
+
+@pytest.mark.parametrize("pack", [True, False, None])
+@pytest.mark.parametrize("prompt, new", [(12, 24), (16, 3), (15, 1), (20, 6), (4, 6), (1, 40)])
+def test_longrope_reads_anew_where_the_text_outgrows_it(pack, prompt, new):
+    from test_decoder import pair
+    model, ours = pair("phi3", **BORDER)
+    ids = torch.randint(3, 97, (1, prompt), generator=torch.Generator().manual_seed(prompt))
+    expected = model.generate(ids, max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0)[0, prompt:].tolist()
+    assert generate(ours, ids, max_new_tokens=new, pack=pack) == [expected]
+
+
+def test_longrope_in_a_padded_batch_and_behind_a_cache():
+    from test_decoder import pair
+    ours = pair("phi3", **BORDER)[1]
+    ids = torch.randint(3, 97, (2, 12), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones(2, 12, dtype=torch.bool)
+    mask[1, :5] = False
+    written = generate(ours, ids, mask=mask, max_new_tokens=10)
+    for row in range(2):   # every token follows from a whole pass over what stands before it, beside the longer row
+        for count in range(10):
+            more = torch.tensor([tokens[:count] for tokens in written], dtype=torch.long)
+            whole = torch.cat([ids, more], dim=1)
+            real = torch.cat([mask, torch.ones_like(more, dtype=torch.bool)], dim=1)
+            assert generate(ours, whole, mask=real, max_new_tokens=1)[row] == [written[row][count]]
+    cache = ours.new_cache(1, 40)
+    generate(ours, ids[:1, :8], max_new_tokens=2, cache=cache)
+    with pytest.raises(ValueError, match="generate, cache: found 9 tokens, and with the new ones more than 16"):
+        generate(ours, ids[:1, 8:10], max_new_tokens=20, cache=cache)

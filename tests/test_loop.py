@@ -359,6 +359,35 @@ def test_what_was_learned_before_a_bad_loss_is_kept_to_the_bit(tmp_path, backgro
     assert history.losses == whole.losses and same(weights(healthy), weights(resumed))
 
 
+def test_buffers_of_the_bad_update_are_taken_back_and_a_sound_checkpoint_stays(tmp_path):
+    class Running(Words):
+        "A model that keeps a mean of what it has seen, as batch norm does."
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(()))
+
+        def forward(self, words, labels, poison: float = 1.0):
+            if self.training:
+                self.mean.mul_(.9).add_(words.float().mean() * poison)
+            output = super().forward(words, labels)
+            return SimpleNamespace(loss=output.loss * poison * (1 + .1 * self.mean), tokens=output.tokens, metrics={})
+
+    poison, config = [float("nan")], replace(QUIET, save=True, save_every=1, keep=1, best_metric="-score")
+
+    def loss(model, batch):
+        return model(batch["words"], batch["labels"], poison[0] if batch["ids"][0] == "sample-3-0" else 1.0)
+
+    with pytest.raises(LossError, match="step 3: the loss is nan"):
+        train(Running(), make_batches(), replace(config, save_every=2), tmp_path / "run", loss_function=loss,
+              on_step=lambda run, row: {"score": run.step} if run.step == 2 else None)
+    assert sorted(path.name[-1] for path in tmp_path.glob("run/checkpoints/step-*")) == ["2", "3"]
+    poison[0], resumed, whole = 1.0, Running(), Running()
+    config = replace(config, save_every=2)
+    for model, folder in ((resumed, "run"), (whole, "whole")):
+        train(model, make_batches(), config, tmp_path / folder, loss_function=loss, on_step=lambda run, row: {"score": run.step})
+    assert same(weights(whole), weights(resumed)) and resumed.mean.isfinite()
+
+
 def test_broken_weights_are_not_kept(tmp_path):
     def breaks(run, row):
         if run.step == 2:
@@ -733,3 +762,25 @@ def test_a_tower_that_learns_is_asked_every_time(tmp_path):
     assert memory.looked == 2
     with pytest.raises(ValueError, match="tower 0 learns"):
         loop.remember_features(model)
+
+
+def test_remembering_for_a_while_shares_keeps_sixteen_bits_and_takes_batches_without_pictures():
+    from mllm_nb.training.miniatures import assemble_miniature
+    first, second, memory = assemble_miniature(seed=0)[0], assemble_miniature(seed=1)[0], {}
+    views = torch.randn(3, 3, 128, 128)
+    plain = first.towers[0](views)
+    with pytest.raises(RuntimeError, match="stop"), loop.remembering(first, half=True, shared=memory) as (kept,):
+        seen, again = first.towers[0](views), first.towers[0](views[[2, 0, 2]])
+        with loop.remembering(first):
+            pass
+        assert first.towers[0](views[:0]).grid.shape[0] == 0 and first.towers[0].forward is kept
+        raise RuntimeError("stop")
+    assert kept.looked == 3 and "forward" not in vars(first.towers[0])
+    torch.testing.assert_close(seen.grid, plain.grid, atol=1e-2, rtol=1e-3)
+    assert torch.equal(again.grid, seen.grid[[2, 0, 2]]) and seen.mask.dtype == torch.bool
+    assert all(one["grid"].dtype == torch.float16 for one in next(iter(memory.values())).values())
+    with loop.remembering(second, half=True, shared=memory) as (kept,), torch.autocast("cpu", torch.bfloat16):
+        second.towers[0](views)   # another precision is another look
+    assert kept.looked == 3
+    with loop.remembering(second, half=True, shared=memory) as (kept,):
+        assert torch.equal(second.towers[0](views).grid, seen.grid) and kept.looked == 0

@@ -622,9 +622,9 @@ def test_train_merge_export_and_chat(folders, tmp_path, capsys):
 def test_kept_features_give_the_same_run(folders, tmp_path, monkeypatch):
     from mllm_nb.training.loop import read_metrics
     from mllm_nb.vision import towers
-    records, see, looks, losses = write_records(tmp_path), towers.see, [], []
-    monkeypatch.setattr(towers, "see", lambda tower, pixels: looks.append(len(pixels)) or see(tower, pixels))
-    for options in ([], ["--keep-features"]):   # four updates of two records: two epochs
+    records, look, looks, losses = write_records(tmp_path), towers.look, [], []
+    monkeypatch.setattr(towers, "look", lambda tower, pixels: looks.append(len(pixels)) or look(tower, pixels))
+    for options in ([], ["--keep-features", str(tmp_path / "features")]):   # four updates of two records: two epochs
         run = tmp_path / f"run{len(options)}"
         assert command.main(["train", "--model", str(folders[0] / "base"), "--data", str(records), "--images", str(tmp_path), "--out",
                              str(run), "--steps", "4", "--batch", "2", "--per-device", "2", "--rank", "4", *options]) == 0

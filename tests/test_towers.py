@@ -7,7 +7,7 @@ import torch
 from conftest import ROOT
 from mllm_nb.images import Preprocess, anyres_grid, unpad_box
 from mllm_nb.vision.towers import (Features, Tower, TowerConfig, image_layout, interpolate_grid, interpolate_tokens,
-                                   masks_at_once, merge_stages, padding_mask, read_safetensors, remembering)
+                                   masks_at_once, merge_stages, padding_mask, read_safetensors)
 from mllm_nb.vision.vit import ViT, ViTConfig, load_transformers_state
 from safetensors.torch import load_file, save_file
 
@@ -442,36 +442,3 @@ def test_cambrian_s_towers_from_folders_without_preprocessing(name, family, laye
     assert features.grid.shape[1:3] == (4, 4) and features.mask.sum() == 8 and features.prefix is None
     with pytest.raises(ValueError, match="dinov2-giant-res378"):
         cambrian_tower("facebook/dinov2-giant", tmp_path)
-
-
-# looking once
-
-@pytest.mark.parametrize("changes", [{}, {"select_feature": "cls_patch", "select_layer": -2}, {"token_count": 4}])
-def test_a_remembering_tower_looks_once_and_says_the_same(changes, monkeypatch):
-    from mllm_nb.vision import towers
-    model, views, looks, memory, see = tower(**changes), torch.randn(3, 3, 16, 16), [], {}, towers.see
-    plain = model(views)
-    monkeypatch.setattr(towers, "see", lambda one, pixels: looks.append(len(pixels)) or see(one, pixels))
-    with remembering([model], memory):
-        first, again = model(views, [(20, 10)] * 3), model(views[[2, 0, 2]])
-        more = model(torch.cat([views[:1], 1 - views[:1], 1 - views[:1]]))
-    assert looks == [3, 1] and model.memory is None and len(memory[model.config]) == 4
-    torch.testing.assert_close(first.tokens, plain.tokens, atol=5e-3, rtol=1e-3)
-    assert torch.equal(again.tokens, first.tokens[[2, 0, 2]]) and torch.equal(more.tokens[0], first.tokens[0])
-    assert torch.equal(first.mask, model(views, [(20, 10)] * 3).mask) and again.mask.all()
-
-
-def test_remembering_ends_with_its_block_and_refuses_towers_that_learn():
-    model = tower()
-    with pytest.raises(RuntimeError, match="stop"), remembering([model]):
-        raise RuntimeError("stop")
-    assert model.memory is None
-    with pytest.raises(ValueError, match="small: learns, so its features cannot be kept"), remembering([model.unfreeze()]):
-        model(torch.randn(1, 3, 16, 16))
-
-
-def test_half_precision_pixels_are_remembered_too():
-    model, views = tower().to(torch.bfloat16), torch.randn(2, 3, 16, 16, dtype=torch.bfloat16)
-    with remembering([model]):
-        kept = model(views), model(views)
-    assert kept[0].grid.dtype == torch.bfloat16 and torch.equal(kept[0].grid, kept[1].grid)

@@ -319,7 +319,8 @@ def inner_tokenizer(tokenizer):
     "What works inside a fast Hugging Face tokenizer, whose own call takes longer; None if it does more."
     inner = getattr(tokenizer, "backend_tokenizer", None)
     plain = hasattr(inner, "padding") and inner.padding is None and inner.truncation is None
-    return inner if plain and not getattr(tokenizer, "split_special_tokens", False) else None
+    spelled = getattr(tokenizer, "split_special_tokens", False) or getattr(inner, "encode_special_tokens", False)
+    return inner if plain and not spelled else None
 
 
 def token_ids(tokenizer, text: str) -> list[int]:

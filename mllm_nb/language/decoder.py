@@ -212,6 +212,12 @@ def _long_factors(scaling: Mapping[str, Any], pairs: int, reach: int) -> Float[T
     return torch.tensor(lists["long_factor" if outgrown else "short_factor"], dtype=torch.float32)
 
 
+def rope_border(config: "DecoderConfig") -> int | None:
+    "The number of tokens behind which `longrope` turns all of them, also those before, by other angles."
+    longrope = scaling_kind(config) in LONGROPE
+    return int(_scaling_number(config.rope_scaling, "original_max_position_embeddings")) if longrope else None
+
+
 def _rope_size(config: "DecoderConfig") -> float:
     "What cosine and sine are multiplied with: 1, but more where `longrope` has made the context longer."
     scaling = config.rope_scaling or {}

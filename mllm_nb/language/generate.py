@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .decoder import (
     ACTIVATIONS, Attention, Cache, Decoder, DecoderConfig, DecoderLayer, GatedMLP, LayerCache, RMSNorm, Trunk,
-    attention_mask, rope_table, scale_of)
+    attention_mask, rope_border, rope_table, scale_of)
 
 # %% ../../nbs/2_read/4_generate.ipynb #36d69426
 def show_cache(prompt: int, new: int):
@@ -386,6 +386,42 @@ def check_prompt(input_ids: Tensor | None, embeddings: Tensor | None, new: int) 
     if not isinstance(new, Integral) or new < 0:
         raise ValueError(f"generate, max_new_tokens: found {new!r}, expected a whole number of at least 0")
 
+# %% ../../nbs/2_read/4_generate.ipynb #218ff3bb
+class _Regrown:
+    "Steps that read everything anew where the text outgrows the `border` behind which all keys are turned otherwise."
+
+    def __init__(self, start: Callable, decoder, embeddings: Tensor, mask: Tensor | None, border: int):
+        self.start, self.decoder, self.read, self.mask, self.step = start, decoder, [embeddings], mask, None
+        longest = embeddings.shape[1] if mask is None else int(mask.sum(dim=1).max())
+        self.left, self.step = border - longest, start(embeddings, mask)
+        self.logits = self.step.logits
+
+    def __call__(self, tokens: Int[Tensor, "batch"]) -> Float[Tensor, "batch vocabulary"]:
+        if self.left < 0:
+            return self.step(tokens)
+        self.read.append(self.decoder.embed(tokens[:, None]))
+        self.mask, self.left = None if self.mask is None else F.pad(self.mask, (0, 1), value=True), self.left - 1
+        if self.left >= 0:
+            return self.step(tokens)
+        self.step = self.start(torch.cat(self.read, dim=1), self.mask)
+        return self.step.logits
+
+
+def _started(decoder, embeddings: Tensor, mask: Tensor | None, new: int, pack: bool | None, cache, below):
+    "The steps of a prompt. Raises ValueError for a given cache that `longrope` would have to turn anew."
+    def start(embeddings: Tensor, mask: Tensor | None):
+        return _start(decoder, embeddings, mask, new, pack, cache, below)
+
+    plain = decoder.decoder if isinstance(decoder, PackedDecoder) else decoder
+    border = rope_border(plain.config) if isinstance(plain, Decoder) else None
+    held = 0 if cache is None else cache.filled
+    if border is None or not held + embeddings.shape[1] <= border < held + embeddings.shape[1] + new:
+        return start(embeddings, mask)
+    if cache is not None:
+        raise ValueError(f"generate, cache: found {held} tokens, and with the new ones more than {border}, behind "
+                         "which longrope turns the kept keys by other angles; expected no cache")
+    return _Regrown(start, plain, embeddings, mask, border)
+
 # %% ../../nbs/2_read/4_generate.ipynb #fd8f2cad
 @torch.inference_mode()
 def generate(
@@ -413,7 +449,7 @@ def generate(
     mask = _checked_mask(mask, *embeddings.shape[:2])
     if mask is not None and cache is not None:
         raise ValueError("generate, cache: found a padded prompt, expected rows without padding")
-    step = _start(decoder, embeddings, mask, max_new_tokens, pack, cache, sampling.below)
+    step = _started(decoder, embeddings, mask, max_new_tokens, pack, cache, sampling.below)
     return _write(step, embeddings, max_new_tokens, {int(token) for token in stop_ids}, sampling, streamer)
 
 # %% ../../nbs/2_read/4_generate.ipynb #78f420c9

@@ -31,11 +31,12 @@ from ..mllm import (
     MLLM, MLLMConfig, Weights, WeightsError, fit_weights, language_family, no_memory, read_json, read_weights,
     weight_files)
 from .llava import manifest_shapes, sort_names
+from ..training.loop import remembering
 from mllm_nb.training.miniatures import (
     ALIGN, TUNE, Lesson, Trained, give_lessons, load_language, load_tokenizer, load_tower, miniature_processor,
     pictures_per_row)
 from ..vision.convnext import ConvNeXtConfig
-from ..vision.towers import TowerConfig, cambrian_tower, remembering
+from ..vision.towers import TowerConfig, cambrian_tower
 from ..vision.vit import ViTConfig
 
 # %% ../../nbs/9_papers/3_cambrian.ipynb #db54c0db
@@ -203,7 +204,7 @@ def train_miniature(folder: str | Path, seed: int = 0, align_steps: int | None =
     model, processor = assemble_miniature(seed=seed, **{name: settings.pop(name) for name in names if name in settings})
     lessons = [(with_room(lesson, processor), steps) for lesson, steps in
                ((CAMBRIAN_ALIGN, align_steps), (CAMBRIAN_TUNE, tune_steps))]
-    with remembering(model.towers, memory):
+    with remembering(model, half=True, shared=memory):
         histories = give_lessons(model, processor, lessons, folder, seed, **settings)
     return Trained(model, processor, histories, time.perf_counter() - start, processor.rows_per_view)
 
@@ -234,7 +235,7 @@ def run_claims(folder: str | Path, seeds: Sequence[int] = (0, 1, 2), questions: 
     def trial(name: str, memory: dict, seed: int) -> dict[str, Any]:
         settings = {"progress": False, "memory": memory} | CLAIM_STEPS | arms[name] | changes
         trained = train_miniature(Path(folder) / name.replace(" ", "_") / str(seed), seed, **settings)
-        with remembering(trained.model.towers, memory):
+        with remembering(trained.model, half=True, shared=memory):
             right = right_answers(trained.model, HeldOut.make(trained.processor, questions))
         return {"accuracy": mean(right), "right": "".join("01"[one] for one in right)}
 

@@ -22,6 +22,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -48,11 +49,11 @@ from ..evaluation.claims import run_trials
 from ..evaluation.world import HeldOut, mean, right_answers
 from ..training.lora import (LoRASettings, add_adapters, adapter_base, local_folder, lora_stage, overlay,
                                    read_adapter, read_whole, safe_file, save_adapter, trainable_names)
-from ..training.loop import TrainingConfig, accumulation, plan_for, train
+from ..training.loop import TrainingConfig, accumulation, plan_for, remembering, train
 from ..training.miniatures import ALIGN, TUNE, Trained, assemble_miniature, give_lessons
 from ..training.parallel import Plan, PlanError, Single, gather_trained, set_dtypes, team_of
 from ..training.recipes import RECIPES, Stage, recipe_and_stage, training_config
-from ..vision.towers import Tower, TowerConfig, build_encoder, find_preprocess, remembering
+from ..vision.towers import Tower, TowerConfig, build_encoder, find_preprocess
 from ..vision.vit import ViTConfig, load_transformers_state, transformers_state
 
 # %% ../../nbs/9_papers/1_llava.ipynb #32aaa93f
@@ -750,10 +751,8 @@ def stage_plan(arguments: Any, batch: int) -> Plan | None:
     if plan.global_batch != batch:
         raise PlanError(f"{arguments.plan}: found a plan for a global batch of {plan.global_batch}, expected {batch}; "
                         f"say --batch {plan.global_batch} or make another plan (mllm plan)")
-    for name in ("quantize", "keep_features"):
-        if getattr(arguments, name) and plan.sharding in ("fsdp", "tp"):
-            raise PlanError(f"{arguments.plan}: found sharding {plan.sharding} with --{name.replace('_', '-')}, "
-                            "expected none or ddp")
+    if arguments.quantize and plan.sharding not in ("none", "ddp"):
+        raise PlanError(f"{arguments.plan}: found sharding {plan.sharding} with --quantize, expected none or ddp")
     return plan
 
 # %% ../../nbs/9_papers/1_llava.ipynb #14201b3e
@@ -827,7 +826,7 @@ def train_on_records(arguments: Any) -> int:
         set_dtypes(model, config.groups, plan.precision)
     if plan:
         save_plan(plan, Path(arguments.out), team.leads)
-    with remembering(model.towers if arguments.keep_features else ()):
+    with remembering(model, arguments.keep_features, half=True) if arguments.keep_features else nullcontext():
         train(model, batches_of(records, skip, processor, config, stage, team), config, arguments.out,
               plan=plan and plan.device_plan(), team=team)
     save_trained(model, arguments, adapters, team.leads)

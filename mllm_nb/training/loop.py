@@ -7,10 +7,11 @@ __all__ = ['SCHEDULES', 'ALONE', 'NORM_OR_BIAS', 'NORMS', 'Schedule', 'learning_
            'loss_and_count', 'Alone', 'accumulate', 'own_gradients', 'divide_by_tokens', 'clip_gradients',
            'ParameterGroup', 'prepared', 'undecayed', 'TrainingConfig', 'check_config', 'accumulation', 'run_schedule',
            'parameter_groups', 'build_adamw', 'set_learning_rate', 'MuonAndAdamW', 'adamw_8bit', 'build_optimizer',
-           'DataOrder', 'record_names', 'place', 'LossError', 'check_facts', 'Run', 'train_step', 'settle', 'update',
-           'log_row', 'plan_for', 'precision_name', 'count_steps', 'start_run', 'save_run', 'in_words', 'restore_run',
-           'restore_dice', 'read_metrics', 'MetricsLog', 'Interrupted', 'stop_signals', 'progress_bar', 'show_progress',
-           'History', 'last_good', 'train', 'FeatureMemory', 'view_key', 'remember_features']
+           'DataOrder', 'record_names', 'place', 'LossError', 'check_facts', 'Run', 'Border', 'train_step', 'settle',
+           'update', 'log_row', 'plan_for', 'precision_name', 'count_steps', 'start_run', 'save_run', 'in_words',
+           'restore_run', 'restore_dice', 'read_metrics', 'MetricsLog', 'Interrupted', 'stop_signals', 'progress_bar',
+           'show_progress', 'History', 'last_good', 'train', 'FeatureMemory', 'view_key', 'remember_features',
+           'remembering']
 
 # %% ../../nbs/6_train/1_loop.ipynb #0a250fd3
 import hashlib
@@ -25,6 +26,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cache
@@ -556,18 +558,32 @@ class Run:
     called: Any = None   # what is called for a batch: the model, or what the team has put around it
     frozen: dict[str, int] = field(default_factory=dict)   # fingerprints of what does not learn
     saver: checkpoints.Saver = field(default_factory=checkpoints.Saver)
-    border: tuple[dict, tuple] | None = None   # data order and dice before the present update
+    buffers: tuple[str, ...] = ()    # the model's persistent ones
+    border: "Border | None" = None   # what was before the present update
 
     def autocast(self):
         enabled = self.plan.dtype != torch.float32
         return torch.autocast(self.plan.device.split(":")[0], self.plan.dtype, enabled=enabled)
 
 # %% ../../nbs/6_train/1_loop.ipynb #cfc97a48
+@dataclass
+class Border:
+    "What an update changes even where it fails: the place in the data, the dice, and the model's persistent buffers."
+    order: dict
+    dice: tuple
+    buffers: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, run: Run) -> "Border":
+        return cls(deepcopy(run.order.state_dict()), checkpoints.random_state(),
+                   {name: run.model.get_buffer(name).clone() for name in run.buffers})
+
+
 def train_step(run: Run, loss_function: Callable = batch_loss) -> dict[str, Any] | None:
     "One update from the next micro-batches; returns the row for the log, or None when the data have ended."
     start = time.perf_counter()
     if run.config.save:
-        run.border = run.order.state_dict(), checkpoints.random_state()
+        run.border = Border.of(run)
     batches = [place(batch, run.plan.device) for batch in islice(run.order, accumulation(run.config))]
     if not batches:
         return None
@@ -662,27 +678,30 @@ def start_run(model: nn.Module, batches, config: TrainingConfig, plan: DevicePla
     order = DataOrder(batches, None if config.max_steps is not None else config.epochs)
     scaler = torch.amp.GradScaler(plan.device.split(":")[0], enabled=plan.scaler)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    buffers = [name for name, value in checkpoints.model_tensors(model).items() if not isinstance(value, nn.Parameter)]
     called, optimizer = team.arm(called, build_optimizer(model, config), config)
     return Run(model, config, plan, order, optimizer, scaler, run_schedule(config, total), total,
-               parameters=parameters, team=team, called=called,
+               parameters=parameters, team=team, called=called, buffers=tuple(buffers),
                frozen=frozen, saver=checkpoints.Saver(team.crew(), config.background))
 
 # %% ../../nbs/6_train/1_loop.ipynb #56ea16dd
-def save_run(run: Run, folder: Path, row: Mapping[str, Any], log: "MetricsLog", border: tuple | None = None) -> int:
-    "Write a checkpoint of a run at a step border (`border`: data order and dice as they were there); returns the step."
-    order, dice = border or (run.order.state_dict(), checkpoints.random_state())
+def save_run(run: Run, folder: Path, row: Mapping[str, Any], log: "MetricsLog", border: Border | None = None) -> int:
+    """Write a checkpoint of a run at a step border; returns the step.
+
+    `border`: of an update that failed; the checkpoint is one more than `keep` and has no score."""
+    border, failed = border or Border.of(run), border is not None
     log.sync()
     run.saver.wait()   # the crew has one channel
-    everyone = run.saver.crew.everybody(dice)   # each process throws its own dice
+    everyone = run.saver.crew.everybody(border.dice)   # each process throws its own dice
     generators = {f"{name}@{number}" if number else name: value for number, (tensors, _) in enumerate(everyone)
                   for name, value in tensors.items()}
     state = {"config": asdict(run.config), "total_steps": run.total_steps, "precision": precision_name(run.plan),
-             "order": order, "seconds": run.seconds, "scaler": run.scaler.state_dict(),
+             "order": border.order, "seconds": run.seconds, "scaler": run.scaler.state_dict(),
              "random": [numbers for _, numbers in everyone], "frozen": run.frozen}
     tensors = run.team.tensors(run) | {"random": generators}
-    metric = run.config.best_metric
+    metric = "" if failed else run.config.best_metric
     score = None if not metric else -row[metric[1:]] if metric.startswith("-") else row[metric]
-    run.saver.save(folder, run.step, tensors, state, run.config.keep, score)
+    run.saver.save(folder, run.step, tensors, state, run.config.keep + failed, score)
     return run.step
 
 # %% ../../nbs/6_train/1_loop.ipynb #94871c51
@@ -858,9 +877,14 @@ def last_good(run: Run, folder: Path, row: Mapping[str, Any], log: MetricsLog, s
     try:
         yield
     except LossError as error:
-        parts = (one.to_local() if hasattr(one, "to_local") else one for one in run.parameters)
-        broken = run.team.anybody(not all(part.isfinite().all() for part in parts))
-        if not run.config.save or run.step == saved_at or broken:
+        if not run.config.save or run.step == saved_at:
+            raise
+        with torch.no_grad():
+            for name, value in run.border.buffers.items():
+                run.model.get_buffer(name).copy_(value)
+        parts = (one.to_local() if hasattr(one, "to_local") else one
+                 for one in (*run.parameters, *run.border.buffers.values()))
+        if run.team.anybody(not all(part.isfinite().all() for part in parts)):
             raise
         save_run(run, folder, row, log, run.border)
         run.saver.wait()
@@ -931,16 +955,17 @@ def train(
 # %% ../../nbs/6_train/1_loop.ipynb #a56dc138
 class FeatureMemory:
     "In the place of a frozen tower's `forward`: each view is looked at once. `looked` counts how often it was asked."
-    def __init__(self, tower: nn.Module, folder: Path | None, gigabytes: float):
+    def __init__(self, tower: nn.Module, folder: Path | None, gigabytes: float, half: bool, shared: dict | None):
         self.tower, self.look, self.room, self.looked = tower, tower.forward, gigabytes * 1e9, 0
-        self.kept: dict[str, dict[str, Tensor]] = {}
+        self.half = half
         known = hashlib.blake2b(repr(sorted(checkpoints.frozen_prints(tower).items())).encode(), digest_size=8)
         self.folder = folder and Path(folder) / known.hexdigest()   # other weights, another folder
+        self.kept: dict[str, dict[str, Tensor]] = {} if shared is None else shared.setdefault(known.hexdigest(), {})
 
     def __call__(self, pixels: Tensor, image_sizes: Any = None) -> Any:
         from mllm_nb.vision.towers import Features
-        if any(one.requires_grad or hasattr(one, "placements") or hasattr(one, "ds_id")
-               for one in self.tower.parameters()):
+        if not len(pixels) or any(one.requires_grad or hasattr(one, "placements") or hasattr(one, "ds_id")
+                                  for one in self.tower.parameters()):
             return self.look(pixels, image_sizes)
         sizes = [None] * len(pixels) if image_sizes is None else [tuple(map(int, size)) for size in image_sizes]
         keys = [view_key(view, size) for view, size in zip(pixels, sizes)]
@@ -951,10 +976,17 @@ class FeatureMemory:
                 seen = self.look(pixels[new], None if image_sizes is None else [sizes[number] for number in new])
             self.looked += len(new)
             for place, number in enumerate(new):
-                found[keys[number]] = self.keep(keys[number], {name: value[place].to("cpu", copy=True) for name, value
+                found[keys[number]] = self.keep(keys[number], {name: self.shortened(value[place]) for name, value
                                                                in vars(seen).items() if value is not None})
-        together = {name: torch.stack([found[key][name] for key in keys]) for name in found[keys[0]]}
-        return Features(**{name: value.to(pixels.device) for name, value in together.items()})
+        def together(name: str) -> Tensor:
+            like = pixels if self.half and found[keys[0]][name].is_floating_point() else found[keys[0]][name]
+            return torch.stack([found[key][name].to(pixels.device, like.dtype) for key in keys])
+        return Features(**{name: together(name) for name in found[keys[0]]})
+
+    def shortened(self, value: Tensor) -> Tensor:
+        "A copy in the host's memory; with `half` fp16, where no number is too large for it."
+        short = value.half() if self.half and value.is_floating_point() else value
+        return (short if short.isfinite().all() else value).to("cpu", copy=True)
 
     def find(self, key: str) -> dict[str, Tensor] | None:
         if key not in self.kept and self.folder and (self.folder / key).is_file():
@@ -980,15 +1012,28 @@ def view_key(view: Tensor, size: tuple[int, int] | None) -> str:
     return hashlib.blake2b(bits.tobytes() + repr((size, half, tuple(view.shape))).encode(), digest_size=16).hexdigest()
 
 
-def remember_features(model: nn.Module, folder: str | Path | None = None, gigabytes: float = 4.0
-                      ) -> list[FeatureMemory]:
+def remember_features(model: nn.Module, folder: str | Path | None = None, gigabytes: float = 4.0, half: bool = False,
+                      shared: dict | None = None) -> list[FeatureMemory]:
     """Let every tower of a model look at each view once, in place. Half a megabyte to a view is usual: count first.
 
-    Raises ValueError for a tower that learns.
+    `half`: keep fp16. `shared`: the memory of several models with the same towers. Raises ValueError for a tower that
+    learns.
     """
     for number, tower in enumerate(model.towers):
         if any(parameter.requires_grad for parameter in tower.parameters()):
             raise ValueError(f"remember_features: tower {number} learns, expected a frozen one")
         if not isinstance(tower.__dict__.get("forward"), FeatureMemory):
-            tower.forward = FeatureMemory(tower, folder and Path(folder), gigabytes)
+            tower.forward = FeatureMemory(tower, folder and Path(folder), gigabytes, half, shared)
     return [tower.forward for tower in model.towers]
+
+# %% ../../nbs/6_train/1_loop.ipynb #1c5eb5bf
+@contextmanager
+def remembering(model: nn.Module, *arguments, **options) -> Iterator[list[FeatureMemory]]:
+    "`remember_features` for a while: afterwards towers that remember by this call look for themselves again."
+    before = [tower.__dict__.get("forward") for tower in model.towers]
+    try:
+        yield remember_features(model, *arguments, **options)
+    finally:
+        for tower, forward in zip(model.towers, before):
+            if forward is None:
+                tower.__dict__.pop("forward", None)

@@ -220,7 +220,7 @@ class Plan:
                 f"{self.global_batch} samples = {self.data_parallel} x {self.accumulation} x {self.micro_batch} "
                 "(shares x micro-batches x samples)")
 
-# %% ../../nbs/6_train/4_parallel.ipynb #b3d66738
+# %% ../../nbs/6_train/4_parallel.ipynb #1c300f30
 def is_device(name: Any) -> bool:
     "Is it the name of a device that PyTorch knows?"
     try:
@@ -228,7 +228,7 @@ def is_device(name: Any) -> bool:
     except RuntimeError:
         return False
 
-
+# %% ../../nbs/6_train/4_parallel.ipynb #b3d66738
 def check_plan(plan: Plan) -> None:
     "Raise PlanError that names the field, what was found and what is expected."
     def expect(fact: bool, field: str, expected: str) -> None:

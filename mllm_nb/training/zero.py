@@ -68,8 +68,14 @@ def without_auto(value: Any) -> Any:
     return {name: one for name, one in kept.items() if one != {} or value[name] == {}}
 
 # %% ../../nbs/6_train/9_zero.ipynb #2698fc3c
-def is_object(value: Any) -> bool: return value is None or isinstance(value, Mapping)
-def is_count(value: Any) -> bool: return type(value) is int and value >= 1
+def is_object(value: Any) -> bool:
+    "Is it a JSON object, or null?"
+    return value is None or isinstance(value, Mapping)
+
+
+def is_count(value: Any) -> bool:
+    "Is it a whole number from 1 on?"
+    return type(value) is int and value >= 1
 
 
 FIELDS = {   # a test, in words, and what it is asked of; sections before what is in them

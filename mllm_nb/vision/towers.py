@@ -5,14 +5,12 @@
 # %% auto #0
 __all__ = ['Looked', 'IMAGENET_MEAN', 'IMAGENET_STD', 'CAMBRIAN_TOWERS', 'TEXT', 'NEWLINE', 'LAYOUTS', 'Features', 'padding_mask',
            'interpolate_grid', 'square_side', 'interpolate_tokens', 'merge_stages', 'TowerConfig', 'build_encoder',
-           'look', 'Tower', 'look_closer', 'see', 'recall', 'remembering', 'read_safetensors', 'find_preprocess',
-           'folder_config', 'cambrian_tower', 'image_layout']
+           'look', 'Tower', 'look_closer', 'read_safetensors', 'find_preprocess', 'folder_config', 'cambrian_tower',
+           'image_layout']
 
 # %% ../../nbs/1_see/4_towers.ipynb #66d70114
 import json
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -236,7 +234,6 @@ class Tower(nn.Module):
             resize_positions(self.vit, side)
         self.vit.config = replace(self.vit.config, image_size=side)   # 384 or 378 pixels: both are 27 patches of 14
         self.config = replace(config, vit=self.vit.config)
-        self.memory: dict | None = None   # see `remembering`
         self.freeze()
 
     @property
@@ -264,7 +261,14 @@ class Tower(nn.Module):
         image_sizes: list[tuple[int, int]] | None = None,
     ) -> Features:
         "`image_sizes` = (width, height) of each picture before padding to a square; None: every cell counts."
-        grid, prefix = see(self, pixels) if self.memory is None else recall(self, pixels)
+        config = self.config
+        if not isinstance(self.vit, ViT):   # a ConvNeXt: every stage resampled once, straight to the wanted grid
+            stages = self.vit(pixels)
+            grid = merge_stages(stages, config.grid if config.token_count else stages[0].shape[-1])
+            return Features(grid, padding_mask(grid, image_sizes))
+        grid, prefix = look_closer(self, pixels) if config.s2_scales else look(self, pixels)
+        if config.token_count is not None:
+            grid = interpolate_grid(grid, config.grid)
         return Features(grid, padding_mask(grid, image_sizes), prefix)
 
     @classmethod
@@ -289,44 +293,6 @@ def look_closer(tower: "Tower", pixels: Float[Tensor, "views channels side side"
         whole = rearrange(grid, pattern, down=size // first, across=size // first)
         found.append(F.interpolate(whole.float(), size=grid.shape[1:3], mode="area").to(grid.dtype))
     return rearrange(torch.cat(found, dim=1), "views channels rows columns -> views rows columns channels"), None
-
-# %% ../../nbs/1_see/4_towers.ipynb #0ca5a134
-def see(tower: "Tower", pixels: Float[Tensor, "views channels height width"]) -> Looked:
-    "What a tower's encoder says, on the wanted grid."
-    config = tower.config
-    if not isinstance(tower.vit, ViT):   # a ConvNeXt: every stage resampled once, straight to the wanted grid
-        stages = tower.vit(pixels)
-        return merge_stages(stages, config.grid if config.token_count else stages[0].shape[-1]), None
-    grid, prefix = look_closer(tower, pixels) if config.s2_scales else look(tower, pixels)
-    return grid if config.token_count is None else interpolate_grid(grid, config.grid), prefix
-
-# %% ../../nbs/1_see/4_towers.ipynb #7cc35787
-def recall(tower: "Tower", pixels: Float[Tensor, "views channels height width"]) -> Looked:
-    "As `see`, with each view looked at once. Raises ValueError for a tower that learns: it changes its mind."
-    keys = [hash(view.tobytes()) for view in pixels.detach().float().cpu().numpy()]
-    new = {key: number for number, key in enumerate(keys) if key not in tower.memory}
-    if new:
-        grid, prefix = see(tower, pixels[list(new.values())])
-        if grid.requires_grad:
-            raise ValueError(f"{tower.config.name}: learns, so its features cannot be kept")
-        kept = [None if part is None else part.half().cpu() for part in (grid, prefix)]
-        tower.memory.update((key, [part if part is None else part[at] for part in kept]) for at, key in enumerate(new))
-    parts = zip(*(tower.memory[key] for key in keys))
-    # autocast on a CPU cannot stack fp16
-    return tuple(None if part[0] is None else torch.stack([one.to(pixels) for one in part]) for part in parts)
-
-# %% ../../nbs/1_see/4_towers.ipynb #59647a90
-@contextmanager
-def remembering(towers: Iterable["Tower"], memory: dict | None = None) -> Iterator[None]:
-    "Inside, frozen towers look at each view once. `memory` may be shared by models with the same towers."
-    towers, memory = list(towers), {} if memory is None else memory
-    try:
-        for tower in towers:
-            tower.memory = memory.setdefault(tower.config, {})
-        yield
-    finally:
-        for tower in towers:
-            tower.memory = None
 
 # %% ../../nbs/1_see/4_towers.ipynb #de6d88f9
 def _read_json(path: Path) -> dict:
