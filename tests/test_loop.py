@@ -748,6 +748,8 @@ def test_a_folder_serves_later_runs_of_the_same_tower(tmp_path):
     assert again == first and memories[0].looked == 4 and later[0].looked == 0
     _, other, _ = seeing(tmp_path / "c", kept, shift=0.01)
     assert other[0].looked == 4   # other weights see other things
+    _, short, _ = seeing(tmp_path / "d", lambda model: loop.remember_features(model, tmp_path / "features", half=True))
+    assert short[0].looked == 4   # and 16 bits are not handed to those who keep 32
     assert not list((tmp_path / "features").rglob(".*"))
 
 

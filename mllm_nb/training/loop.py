@@ -958,8 +958,9 @@ class FeatureMemory:
     def __init__(self, tower: nn.Module, folder: Path | None, gigabytes: float, half: bool, shared: dict | None):
         self.tower, self.look, self.room, self.looked = tower, tower.forward, gigabytes * 1e9, 0
         self.half = half
-        known = hashlib.blake2b(repr(sorted(checkpoints.frozen_prints(tower).items())).encode(), digest_size=8)
-        self.folder = folder and Path(folder) / known.hexdigest()   # other weights, another folder
+        facts = sorted(checkpoints.frozen_prints(tower).items()), half
+        known = hashlib.blake2b(repr(facts).encode(), digest_size=8)
+        self.folder = folder and Path(folder) / known.hexdigest()   # other weights or numbers, another folder
         self.kept: dict[str, dict[str, Tensor]] = {} if shared is None else shared.setdefault(known.hexdigest(), {})
 
     def __call__(self, pixels: Tensor, image_sizes: Any = None) -> Any:
